@@ -1,0 +1,1790 @@
+// model.h - SmolLM: the file formats, the arithmetic, the text.
+//
+//   1  Format          what model.bin holds
+//   2  Kernels         the innermost loops, one table of them for each instruction set
+//   3  Transformer     loading and memory
+//   4  Forward         from tokens to logits, shared out among workers
+//   5  Tokenizer       text to tokens
+//   6  Sampler         logits to a token
+//   7  Generation      one turn of the chat: prompt in, reply out
+//   8  Kernel bodies   read once for each instruction set
+//
+// Same files, same seed, same prompts: same text, on every machine, with any number of workers,
+// however a prompt is cut into passes. This holds because every float operation happens in the same
+// order everywhere: no fused multiply-add, and vectors only across independent results (the rows of
+// a matrix, the time steps of attention scores, the dimensions of attention values), never along a
+// sum. Only the integer sums inside a group of 64 weights are reordered, and those are exact.
+//
+// An engine (inference.c, parallel.c) includes this file and says who computes: see section 4.
+#ifndef MODEL_H
+#define MODEL_H
+
+#include "common.h"
+#include <math.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+// A multiply and an add must stay two roundings. Each compiler has its own way to say so.
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+// ------------------------------------------------------------------------------------------------
+// 1  Format
+//
+// model.bin is llama2.c's int8 "version 2", little endian:
+//
+//   header   256 bytes: uint32 magic, int32 version, the seven int32 of Config,
+//            uint8 shared_classifier, int32 group_size (unaligned, at 37), zeros
+//   float32  rms_att_weight[layer][dim], rms_ffn_weight[layer][dim], rms_final_weight[dim]
+//   tensors  embedding[vocab][dim]; wq of every layer, then wk of every layer, wv, wo, w1, w2, w3;
+//            the classifier[vocab][dim] unless the embedding serves for it
+//
+// A tensor is int8 q[rows * cols], then float32 s[rows * cols / 64], one scale for 64 weights of a
+// row.
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the files are read in place");
+
+#define MODEL_MAGIC 0x616b3432
+#define MODEL_VERSION 2
+#define HEADER_SIZE 256
+#define GROUP 64 // weights or activations that share a scale
+
+// More is no model that this program is for; the limits also keep all sizes below far from
+// overflow.
+#define MAX_WIDTH 65536 // of dim and hidden_dim
+#define MAX_LAYERS 1024
+#define MAX_VOCAB (1 << 24)
+#define MAX_SEQ_LEN (1 << 20)
+
+typedef struct {
+    int dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len; // as in the file
+    int head_size;                                                           // dim / n_heads
+    int kv_dim; // n_kv_heads * head_size
+} Config;
+
+typedef struct {
+    int rows, cols;
+    const int8_t *q; // [rows][cols]
+    const float *s;  // [rows][cols / GROUP]
+} QuantizedTensor;
+
+typedef struct {
+    const float *rms_att_weight, *rms_ffn_weight; // [dim]
+    QuantizedTensor wq;                           // [dim][dim]
+    QuantizedTensor wk, wv;                       // [kv_dim][dim]
+    QuantizedTensor wo;                           // [dim][dim]
+    QuantizedTensor w1, w3;                       // [hidden_dim][dim], gate and up
+    QuantizedTensor w2;                           // [dim][hidden_dim], down
+} Layer;
+
+typedef struct {
+    QuantizedTensor embedding, classifier; // [vocab_size][dim], often the same one
+    const float *rms_final_weight;         // [dim]
+    Layer *layers;                         // [n_layers]
+} Weights;
+
+// Activations on their way into a matrix: quantized per group of 64, just as the weights.
+typedef struct {
+    int width;    // values per token
+    int8_t *q;    // [token][width], -127..127
+    float *s;     // [token][width / GROUP]
+    int32_t *sum; // [token][width / GROUP], 128 * the group's sum of q: see mat_vec_mul of AVX-512
+} Activations;
+
+// ------------------------------------------------------------------------------------------------
+// 2  Kernels
+//
+// Each table is the same functions compiled for another instruction set; all give the same bits.
+// Which one to use is found out at run time, so that one plain build serves all machines.
+
+#define MAX_HEADS 4   // heads that a kernel takes at a time; they share their keys and values
+#define KEY_BLOCK 16  // time steps that lie side by side in the key cache
+#define TIME_ALIGN 64 // scores are computed for time steps up to a multiple of this
+
+typedef struct {
+    const char *name;
+
+    // Quantizes x[width] as token number `token` of out.
+    // For each group: scale = max|x| / 127, q = roundf(x / scale) within +-127, or 0 if the scale
+    // is 0.
+    void (*quantize)(Activations *out, int token, const float *x);
+
+    // out[row] = w[row] . x of token 0, for rows first <= row < last. For each group in order:
+    // sum = sum + ((float)(integer dot product) * weight scale) * activation scale.
+    void (*mat_vec_mul)(float *out, const QuantizedTensor *w, int first, int last,
+                        const Activations *x);
+
+    // The same for n tokens in one pass over the weights: out[token * w->rows + row].
+    void (*mat_mat_mul)(float *out, const QuantizedTensor *w, int first, int last,
+                        const Activations *x, int n);
+
+    // out[head * stride + t] = q[head] . key[t] / sqrtf(head_size), sums in index order, for
+    // 1..MAX_HEADS heads, q[heads][head_size], t < times. The keys lie in blocks,
+    // [time / KEY_BLOCK][head_size][KEY_BLOCK]. Entries up to a multiple of TIME_ALIGN are
+    // overwritten.
+    void (*score)(float *out, size_t stride, const float *q, int heads, int head_size,
+                  const float *keys, int times);
+
+    // out[head][i] = sum over t in order of weight[head * stride + t] * values[t][i], i <
+    // head_size.
+    void (*mix)(float *out, const float *weight, size_t stride, int heads, int head_size,
+                const float *values, int times);
+
+    // x[i] = e to the power of (x[i] - shift), by the definition of section 8, not by libm's expf.
+    void (*exp_minus)(float *x, int n, float shift);
+
+    // The greatest of n >= 1 numbers.
+    float (*maximum)(const float *x, int n);
+} Kernels;
+
+// The bodies are in section 8 of this file, which here reads itself once for each instruction set:
+// GCC and clang need to know the target of a function when they compile it.
+#define ISA portable
+#define LANES 4   // floats of a vector register
+#define VECTORS 2 // registers side by side that keep the adders busy
+#define TARGET
+#include "model.h"
+#if defined(__x86_64__)
+#define ISA avx2
+#define ISA_AVX2 1
+#define LANES 8
+#define VECTORS 2
+#define TARGET __attribute__((target("avx2")))
+#include "model.h"
+#define ISA avx512
+#define ISA_AVX512 1
+#define LANES 16
+#define VECTORS 4
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#include "model.h"
+#endif
+
+// The best table for this machine, or the one that the environment variable KERNELS names, so that
+// each can be tested and measured. NULL, after a complaint, if that one cannot run here.
+static const Kernels *choose_kernels(void) {
+    const Kernels *usable[3];
+    int count = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512vnni"))
+        usable[count++] = &kernels_avx512;
+    if (__builtin_cpu_supports("avx2")) usable[count++] = &kernels_avx2;
+#endif
+    usable[count++] = &kernels_portable;
+
+    const char *wanted = getenv("KERNELS");
+    if (wanted == NULL || *wanted == '\0') return usable[0];
+    for (int i = 0; i < count; i++)
+        if (strcmp(wanted, usable[i]->name) == 0) return usable[i];
+    complain("KERNELS=%s: this machine has no such kernels; unset the variable for the best.",
+             wanted);
+    return NULL;
+}
+
+// ------------------------------------------------------------------------------------------------
+// 3  Transformer: loading and memory
+
+#define MAX_BATCH 128 // tokens of one pass: their activations stay in the second-level cache
+#define MAX_WORKERS MAX_THREADS
+
+// What a pass works on. "Own" is memory of one worker that no other touches.
+typedef struct {
+    float *x;                     // [MAX_BATCH][dim], the residual stream
+    float *xb;                    // [MAX_BATCH][dim], what attention brings
+    float *xb2;                   // [MAX_BATCH][dim], what a block adds to x
+    float *q;                     // [MAX_BATCH][dim]
+    float *k, *v;                 // [MAX_BATCH][kv_dim], on their way into the caches
+    float *hb, *hb2;              // [MAX_BATCH][hidden_dim], gate and up
+    float *rope;                  // [MAX_BATCH][head_size / 2][cos, sin]
+    float *logits;                // [MAX_BATCH][vocab_size]
+    Activations shared;           // of all tokens of a pass
+    Activations own[MAX_WORKERS]; // of the only token of a pass
+    float *att[MAX_WORKERS];      // [MAX_HEADS][times]
+    size_t times;                 // seq_len, rounded up to a multiple of TIME_ALIGN
+    float *frequency;             // [head_size / 2], radians per position
+    float *key_cache;             // [layer][kv_head][times / KEY_BLOCK][head_size][KEY_BLOCK]
+    float *value_cache;           // [layer][kv_head][times][head_size]
+    void *memory;                 // holds all of them
+    size_t size;                  // bytes
+} State;
+
+typedef struct {
+    Config config;
+    Weights weights;
+    State state;
+    const Kernels *kernels;
+    void *file; // model.bin, mapped
+    size_t file_size;
+} Transformer;
+
+// Complains about one of the two files, with what to do. Returns -1.
+__attribute__((format(printf, 2, 3))) static int refuse_file(const char *path, const char *format,
+                                                             ...) {
+    char wrong[256];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(wrong, sizeof(wrong), format, arguments);
+    va_end(arguments);
+    complain(
+        "%s: %s. Get the real files with \"make prepare\", or use the small model: -d tests/tiny",
+        path, wrong);
+    return -1;
+}
+
+// Opens a file of the model for reading. Returns its descriptor and size, or -1 after a complaint.
+static int open_model_file(const char *path, size_t *size) {
+    struct stat status;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return refuse_file(path, "%s", strerror(errno));
+    if (fstat(fd, &status) < 0 || !S_ISREG(status.st_mode)) {
+        close(fd);
+        return refuse_file(path, "this is not a regular file");
+    }
+    *size = (size_t)status.st_size;
+    return fd;
+}
+
+// Reads the header into *c. Everything in it is hostile until checked.
+static int read_header(Config *c, bool *shared_classifier, const char *file, size_t size,
+                       const char *path) {
+    uint32_t magic;
+    int32_t version, group_size, fields[7];
+    if (size < HEADER_SIZE) return refuse_file(path, "too short (%zu bytes) for a model", size);
+    memcpy(&magic, file, 4);
+    memcpy(&version, file + 4, 4);
+    memcpy(fields, file + 8, sizeof(fields));
+    memcpy(&group_size, file + 37, 4);
+    *shared_classifier = file[36] != 0;
+    if (magic != MODEL_MAGIC) return refuse_file(path, "not a model (the magic number is wrong)");
+    if (version != MODEL_VERSION)
+        return refuse_file(path, "version %d of the format, but expected is 2 (int8)",
+                           (int)version);
+    if (group_size != GROUP)
+        return refuse_file(path, "groups of %d weights, but expected are 64", (int)group_size);
+    *c = (Config){.dim = fields[0],
+                  .hidden_dim = fields[1],
+                  .n_layers = fields[2],
+                  .n_heads = fields[3],
+                  .n_kv_heads = fields[4],
+                  .vocab_size = fields[5],
+                  .seq_len = fields[6]};
+    if (c->dim < GROUP || c->dim > MAX_WIDTH || c->dim % GROUP != 0 || c->hidden_dim < GROUP ||
+        c->hidden_dim > MAX_WIDTH || c->hidden_dim % GROUP != 0)
+        return refuse_file(path,
+                           "dim %d and hidden_dim %d, but expected are multiples of 64 up to %d",
+                           c->dim, c->hidden_dim, MAX_WIDTH);
+    if (c->n_heads < 1 || c->dim % c->n_heads != 0 || c->dim / c->n_heads % 2 != 0 ||
+        c->n_kv_heads < 1 || c->n_heads % c->n_kv_heads != 0)
+        return refuse_file(path, "%d heads and %d kv_heads do not divide dim %d into even heads",
+                           c->n_heads, c->n_kv_heads, c->dim);
+    if (c->n_layers < 1 || c->n_layers > MAX_LAYERS || c->vocab_size < 1 ||
+        c->vocab_size > MAX_VOCAB || c->seq_len < 1 || c->seq_len > MAX_SEQ_LEN)
+        return refuse_file(path,
+                           "%d layers, a vocabulary of %d and a window of %d are out of range",
+                           c->n_layers, c->vocab_size, c->seq_len);
+    c->head_size = c->dim / c->n_heads;
+    c->kv_dim = c->n_kv_heads * c->head_size;
+    return 0;
+}
+
+// Walks through the file, or only along it: with base NULL, *offset just grows.
+static const void *pass_over(const char *base, size_t *offset, size_t bytes) {
+    const char *here = base ? base + *offset : NULL;
+    *offset += bytes;
+    return here;
+}
+
+static QuantizedTensor pass_tensor(const char *base, size_t *offset, int rows, int cols) {
+    QuantizedTensor tensor = {.rows = rows, .cols = cols};
+    size_t count = (size_t)rows * (size_t)cols;
+    tensor.q = pass_over(base, offset, count);
+    tensor.s = pass_over(base, offset, count / GROUP * sizeof(float));
+    return tensor;
+}
+
+// Points the weights into the file, in its order. Returns the size that the file should have.
+static size_t map_weights(Weights *w, const Config *c, bool shared_classifier, const char *file) {
+    size_t at = HEADER_SIZE, norm = (size_t)c->dim * sizeof(float);
+    Layer *end = w->layers + c->n_layers;
+    for (Layer *l = w->layers; l < end; l++) l->rms_att_weight = pass_over(file, &at, norm);
+    for (Layer *l = w->layers; l < end; l++) l->rms_ffn_weight = pass_over(file, &at, norm);
+    w->rms_final_weight = pass_over(file, &at, norm);
+    w->embedding = pass_tensor(file, &at, c->vocab_size, c->dim);
+    for (Layer *l = w->layers; l < end; l++) l->wq = pass_tensor(file, &at, c->dim, c->dim);
+    for (Layer *l = w->layers; l < end; l++) l->wk = pass_tensor(file, &at, c->kv_dim, c->dim);
+    for (Layer *l = w->layers; l < end; l++) l->wv = pass_tensor(file, &at, c->kv_dim, c->dim);
+    for (Layer *l = w->layers; l < end; l++) l->wo = pass_tensor(file, &at, c->dim, c->dim);
+    for (Layer *l = w->layers; l < end; l++) l->w1 = pass_tensor(file, &at, c->hidden_dim, c->dim);
+    for (Layer *l = w->layers; l < end; l++) l->w2 = pass_tensor(file, &at, c->dim, c->hidden_dim);
+    for (Layer *l = w->layers; l < end; l++) l->w3 = pass_tensor(file, &at, c->hidden_dim, c->dim);
+    w->classifier = w->embedding;
+    if (!shared_classifier) w->classifier = pass_tensor(file, &at, c->vocab_size, c->dim);
+    return at;
+}
+
+// Hands out 64-byte aligned pieces of a block of memory; without a block it only adds up their
+// sizes.
+static void *take_memory(State *s, size_t count, size_t size) {
+    void *here = s->memory ? (char *)s->memory + s->size : NULL;
+    s->size += (count * size + 63) & ~(size_t)63;
+    return here;
+}
+
+static float *take_floats(State *s, size_t count) { return take_memory(s, count, sizeof(float)); }
+
+static Activations take_activations(State *s, size_t tokens, int width) {
+    Activations a = {.width = width};
+    a.q = take_memory(s, tokens * (size_t)width, 1);
+    a.s = take_floats(s, tokens * (size_t)width / GROUP);
+    a.sum = take_memory(s, tokens * (size_t)width / GROUP, sizeof(int32_t));
+    return a;
+}
+
+static void lay_out_state(State *s, const Config *c) {
+    size_t dim = (size_t)c->dim, hidden_dim = (size_t)c->hidden_dim, kv_dim = (size_t)c->kv_dim;
+    int widest = c->dim > c->hidden_dim ? c->dim : c->hidden_dim;
+    s->size = 0;
+    s->times = ((size_t)c->seq_len + TIME_ALIGN - 1) / TIME_ALIGN * TIME_ALIGN;
+    s->x = take_floats(s, MAX_BATCH * dim);
+    s->xb = take_floats(s, MAX_BATCH * dim);
+    s->xb2 = take_floats(s, MAX_BATCH * dim);
+    s->q = take_floats(s, MAX_BATCH * dim);
+    s->k = take_floats(s, MAX_BATCH * kv_dim);
+    s->v = take_floats(s, MAX_BATCH * kv_dim);
+    s->hb = take_floats(s, MAX_BATCH * hidden_dim);
+    s->hb2 = take_floats(s, MAX_BATCH * hidden_dim);
+    s->rope = take_floats(s, MAX_BATCH * (size_t)c->head_size);
+    s->frequency = take_floats(s, (size_t)c->head_size / 2);
+    s->shared = take_activations(s, MAX_BATCH, widest);
+    for (int worker = 0; worker < MAX_WORKERS; worker++) {
+        s->own[worker] = take_activations(s, 1, widest);
+        s->att[worker] = take_floats(s, MAX_HEADS * s->times);
+    }
+    s->key_cache = take_floats(s, (size_t)c->n_layers * kv_dim * s->times);
+    s->value_cache = take_floats(s, (size_t)c->n_layers * kv_dim * s->times);
+    s->logits = take_floats(s, MAX_BATCH * (size_t)c->vocab_size);
+}
+
+// Fresh anonymous pages are zero, and memory that is never touched is never there.
+static int build_state(State *s, const Config *c) {
+    lay_out_state(s, c);
+    void *memory = mmap(NULL, s->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) {
+        complain("There is not enough memory for this model: %zu bytes.", s->size);
+        return -1;
+    }
+    s->memory = memory;
+    lay_out_state(s, c);
+    for (int i = 0; i < c->head_size / 2; i++)
+        s->frequency[i] = 1 / (float)pow(10000.0, (double)(2 * i / (float)c->head_size));
+    return 0;
+}
+
+static void free_transformer(Transformer *t) {
+    free(t->weights.layers);
+    if (t->state.memory) munmap(t->state.memory, t->state.size);
+    if (t->file) munmap(t->file, t->file_size);
+    *t = (Transformer){0};
+}
+
+// Loads the model of a path: maps the file, checks it, gets memory. Returns 0, or -1 after one line
+// on stderr, with nothing left to free.
+static int build_transformer(Transformer *t, const char *path) {
+    *t = (Transformer){0};
+    bool shared_classifier = false;
+    t->kernels = choose_kernels();
+    if (t->kernels == NULL) return -1;
+    int fd = open_model_file(path, &t->file_size);
+    if (fd < 0) return -1;
+    void *file = t->file_size ? mmap(NULL, t->file_size, PROT_READ, MAP_PRIVATE, fd, 0) : "";
+    close(fd);
+    if (file == MAP_FAILED) return refuse_file(path, "cannot be mapped: %s", strerror(errno));
+    t->file = t->file_size ? file : NULL;
+    if (read_header(&t->config, &shared_classifier, file, t->file_size, path) < 0) goto failed;
+
+    t->weights.layers = calloc((size_t)t->config.n_layers, sizeof(Layer));
+    if (t->weights.layers == NULL) goto failed;
+    size_t expected = map_weights(&t->weights, &t->config, shared_classifier, NULL);
+    if (t->file_size != expected) {
+        refuse_file(path, "%zu bytes, but its header announces %zu", t->file_size, expected);
+        goto failed;
+    }
+    map_weights(&t->weights, &t->config, shared_classifier, file);
+    if (build_state(&t->state, &t->config) < 0) goto failed;
+    return 0;
+failed:
+    free_transformer(t);
+    return -1;
+}
+
+// ------------------------------------------------------------------------------------------------
+// 4  Forward: from tokens to logits
+//
+// A pass takes n tokens at consecutive positions through all layers and reads each weight once for
+// all of them. Every worker of the engine walks through the same compute_share() with a number of
+// its own, does its share of each step, and meets the others where a step needs the whole of the
+// one before. The engine provides the two functions below; an engine of one worker has nothing to
+// do for them.
+
+typedef struct {
+    Transformer *transformer;
+    const int *tokens;
+    int n;         // tokens of this pass, 1..MAX_BATCH
+    int pos;       // position of the first
+    int wanted;    // logits are computed for so many of the last tokens, 0..n ...
+    float *logits; // ... into [wanted][vocab_size]
+} Pass;
+
+// Calls compute_share(pass, worker, workers) on each worker and returns when all have returned.
+static void run_pass(const Pass *pass);
+// Returns when all workers of the pass have called it.
+static void meet(int workers);
+
+typedef struct {
+    int first, last; // first <= i < last
+} Range;
+
+// A worker's share of `count` things, in whole steps of `step` of them but for the end.
+static Range share(int count, int step, int worker, int workers) {
+    int64_t steps = (count + step - 1) / step;
+    int first = (int)(steps * worker / workers) * step;
+    int last = (int)(steps * (worker + 1) / workers) * step;
+    return (Range){first, last < count ? last : count};
+}
+
+// cos and sin for pair i of a head at a position: table[i][0], table[i][1]. Taken in double and
+// rounded once, so that libm's float functions, which differ between machines, don't decide the
+// bits.
+static void rope_table(float *table, const float *frequency, int head_size, int pos) {
+    for (int i = 0; i < head_size / 2; i++) {
+        float angle = (float)pos * frequency[i];
+        table[2 * i] = (float)cos((double)angle);
+        table[2 * i + 1] = (float)sin((double)angle);
+    }
+}
+
+// Turns the pairs (x[r], x[r + 1]) of a range of rows of one or more heads.
+static void rope(float *x, Range rows, const float *table, int head_size) {
+    int i = rows.first % head_size;
+    for (int r = rows.first; r < rows.last; r += 2) {
+        float a = x[r], b = x[r + 1], c = table[i], s = table[i + 1];
+        x[r] = a * c - b * s;
+        x[r + 1] = a * s + b * c;
+        i = i + 2 < head_size ? i + 2 : 0;
+    }
+}
+
+// out = weight * x / root mean square of x. The sum goes in index order.
+static void rmsnorm(float *out, const float *x, const float *weight, int size) {
+    float sum = 0;
+    for (int i = 0; i < size; i++) sum = sum + x[i] * x[i];
+    float s = 1 / sqrtf(sum / (float)size + 1e-5f);
+    for (int i = 0; i < size; i++) out[i] = weight[i] * (s * x[i]);
+}
+
+// Softmax of up to MAX_HEADS rows of n numbers, `stride` apart. Each sum goes in index order, which
+// makes an addition wait for the one before; so the rows are summed side by side.
+static void softmax(const Kernels *kernels, float *x, size_t stride, int rows, int n) {
+    const float *row[MAX_HEADS];
+    for (int r = 0; r < rows; r++)
+        kernels->exp_minus(x + (size_t)r * stride, n, kernels->maximum(x + (size_t)r * stride, n));
+    for (int r = 0; r < MAX_HEADS; r++) row[r] = x + (size_t)(r < rows ? r : 0) * stride;
+    float sum[MAX_HEADS] = {0};
+    for (int i = 0; i < n; i++)
+        for (int r = 0; r < MAX_HEADS; r++) sum[r] = sum[r] + row[r][i];
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < n; i++) x[(size_t)r * stride + (size_t)i] /= sum[r];
+}
+
+// gate[i] = silu(gate[i]) * up[i], silu(h) = h / (1 + e^-h)
+static void swiglu(const Kernels *kernels, float *gate, const float *up, int n) {
+    float e[GROUP];
+    for (int start = 0; start < n; start += GROUP) {
+        int count = n - start < GROUP ? n - start : GROUP;
+        for (int i = 0; i < count; i++) e[i] = -gate[start + i];
+        kernels->exp_minus(e, count, 0);
+        for (int i = 0; i < count; i++) {
+            float h = gate[start + i];
+            gate[start + i] = (h * (1 / (1 + e[i]))) * up[start + i];
+        }
+    }
+}
+
+// out[token][row] = w[row] . x[token] for a worker's share of the rows
+static void mat_mul(const Pass *pass, float *out, const QuantizedTensor *w, Range rows,
+                    const Activations *x, int n) {
+    const Kernels *kernels = pass->transformer->kernels;
+    if (n == 1) kernels->mat_vec_mul(out, w, rows.first, rows.last, x);
+    else kernels->mat_mat_mul(out, w, rows.first, rows.last, x, n);
+}
+
+// The same, added to the residual stream.
+static void mat_mul_add(const Pass *pass, float *x, const QuantizedTensor *w, Range rows,
+                        const Activations *activations, int n) {
+    float *out = pass->transformer->state.xb2;
+    mat_mul(pass, out, w, rows, activations, n);
+    for (int token = 0; token < n; token++)
+        for (int r = rows.first; r < rows.last; r++) {
+            size_t i = (size_t)token * (size_t)w->rows + (size_t)r;
+            x[i] = x[i] + out[i];
+        }
+}
+
+// Quantizes x[n][width] for the next matrix, normalized before if there is a weight. Several tokens
+// are shared out, and the workers meet. A single one everybody does for himself: that takes no
+// longer than to let one do it, and nobody has to wait.
+static const Activations *activate(const Pass *pass, const float *x, const float *weight, int width,
+                                   int n, int worker, int workers) {
+    Transformer *t = pass->transformer;
+    Activations *out = n == 1 ? &t->state.own[worker] : &t->state.shared;
+    out->width = width;
+    for (int token = n == 1 ? 0 : worker; token < n; token += workers) {
+        const float *values = x + (size_t)token * (size_t)width;
+        float normed[weight ? width : 1];
+        if (weight) rmsnorm(normed, values, weight, width);
+        t->kernels->quantize(out, token, weight ? normed : values);
+    }
+    if (n > 1) meet(workers);
+    return out;
+}
+
+// Moves a share of the new keys and values, rows [first, last) of kv_dim, into the caches.
+static void store_keys_and_values(const Pass *pass, int layer, Range rows) {
+    const Config *c = &pass->transformer->config;
+    State *s = &pass->transformer->state;
+    size_t head_size = (size_t)c->head_size;
+    for (int token = 0; token < pass->n; token++) {
+        size_t time = (size_t)(pass->pos + token);
+        const float *k = s->k + (size_t)token * (size_t)c->kv_dim;
+        const float *v = s->v + (size_t)token * (size_t)c->kv_dim;
+        for (int r = rows.first; r < rows.last; r++) {
+            size_t head = (size_t)(layer * c->n_kv_heads + r / c->head_size);
+            size_t i = (size_t)(r % c->head_size), block = time / KEY_BLOCK,
+                   lane = time % KEY_BLOCK;
+            s->key_cache[head * s->times * head_size + (block * head_size + i) * KEY_BLOCK + lane] =
+                k[r];
+            s->value_cache[(head * s->times + time) * head_size + i] = v[r];
+        }
+    }
+}
+
+// Attention of a range of heads for one token: scores against all keys so far, softmax, the
+// weighted sum of the values. Heads that share keys and values (n_heads / n_kv_heads of them) go
+// together.
+static void multi_head_attn(const Pass *pass, int layer, int token, Range heads, float *att) {
+    const Config *c = &pass->transformer->config;
+    const State *s = &pass->transformer->state;
+    const Kernels *kernels = pass->transformer->kernels;
+    int times = pass->pos + token + 1, sharing = c->n_heads / c->n_kv_heads, count;
+    for (int head = heads.first; head < heads.last; head += count) {
+        int kv_head = head / sharing;
+        count = (kv_head + 1) * sharing - head;
+        if (count > heads.last - head) count = heads.last - head;
+        if (count > MAX_HEADS) count = MAX_HEADS;
+        size_t cache = (size_t)(layer * c->n_kv_heads + kv_head) * s->times * (size_t)c->head_size;
+        size_t at = (size_t)token * (size_t)c->dim + (size_t)(head * c->head_size);
+        kernels->score(att, s->times, s->q + at, count, c->head_size, s->key_cache + cache, times);
+        softmax(kernels, att, s->times, count, times);
+        kernels->mix(s->xb + at, att, s->times, count, c->head_size, s->value_cache + cache, times);
+    }
+}
+
+// A worker's share of a pass. For a single token the rows of the matrices and the heads are shared
+// out; for several, the tokens are, where a step treats each by itself.
+static void compute_share(const Pass *pass, int worker, int workers) {
+    Transformer *t = pass->transformer;
+    const Config *c = &t->config;
+    const Weights *w = &t->weights;
+    State *s = &t->state;
+    int n = pass->n, step = n == 1 ? 16 : 32; // whole blocks of the matrix kernels
+    size_t dim = (size_t)c->dim, hidden_dim = (size_t)c->hidden_dim, kv_dim = (size_t)c->kv_dim;
+    size_t head_size = (size_t)c->head_size;
+    Range dim_rows = share(c->dim, step, worker, workers);
+    Range kv_rows = share(c->kv_dim, step, worker, workers);
+    Range hidden_rows = share(c->hidden_dim, step, worker, workers);
+
+    for (int token = worker; token < n; token += workers) {
+        size_t row = (size_t)pass->tokens[token] * dim;
+        for (size_t i = 0; i < dim; i++)
+            s->x[(size_t)token * dim + i] =
+                (float)w->embedding.q[row + i] * w->embedding.s[(row + i) / GROUP];
+        rope_table(s->rope + (size_t)token * head_size, s->frequency, c->head_size,
+                   pass->pos + token);
+    }
+    meet(workers);
+
+    for (int layer = 0; layer < c->n_layers; layer++) {
+        const Layer *l = &w->layers[layer];
+
+        // queries, keys and values
+        const Activations *in = activate(pass, s->x, l->rms_att_weight, c->dim, n, worker, workers);
+        mat_mul(pass, s->q, &l->wq, dim_rows, in, n);
+        mat_mul(pass, s->k, &l->wk, kv_rows, in, n);
+        mat_mul(pass, s->v, &l->wv, kv_rows, in, n);
+        for (int token = 0; token < n; token++) {
+            const float *table = s->rope + (size_t)token * head_size;
+            rope(s->q + (size_t)token * dim, dim_rows, table, c->head_size);
+            rope(s->k + (size_t)token * kv_dim, kv_rows, table, c->head_size);
+        }
+        store_keys_and_values(pass, layer, kv_rows);
+        meet(workers);
+
+        // attention
+        if (n == 1) {
+            Range heads = share(c->n_heads, 1, worker, workers);
+            multi_head_attn(pass, layer, 0, heads, s->att[worker]);
+            meet(workers);
+        }
+        for (int token = worker; n > 1 && token < n; token += workers)
+            multi_head_attn(pass, layer, token, (Range){0, c->n_heads}, s->att[worker]);
+        in = activate(pass, s->xb, NULL, c->dim, n, worker, workers);
+        mat_mul_add(pass, s->x, &l->wo, dim_rows, in, n);
+        meet(workers);
+
+        // feed forward
+        in = activate(pass, s->x, l->rms_ffn_weight, c->dim, n, worker, workers);
+        mat_mul(pass, s->hb, &l->w1, hidden_rows, in, n);
+        mat_mul(pass, s->hb2, &l->w3, hidden_rows, in, n);
+        for (int token = 0; token < n; token++) {
+            size_t at = (size_t)token * hidden_dim + (size_t)hidden_rows.first;
+            swiglu(t->kernels, s->hb + at, s->hb2 + at, hidden_rows.last - hidden_rows.first);
+        }
+        meet(workers);
+        in = activate(pass, s->hb, NULL, c->hidden_dim, n, worker, workers);
+        mat_mul_add(pass, s->x, &l->w2, dim_rows, in, n);
+        meet(workers);
+    }
+
+    // logits of the tokens for which they are wanted, the last ones
+    if (pass->wanted == 0) return;
+    const float *x = s->x + (size_t)(n - pass->wanted) * dim;
+    const Activations *in =
+        activate(pass, x, w->rms_final_weight, c->dim, pass->wanted, worker, workers);
+    mat_mul(pass, pass->logits, &w->classifier,
+            share(c->vocab_size, pass->wanted == 1 ? 16 : 32, worker, workers), in, pass->wanted);
+}
+
+// Takes n >= 1 tokens at positions pos.. (pos + n <= seq_len), which continue what was computed for
+// the positions before. Returns [wanted][vocab_size] logits of the last `wanted` tokens (0..n, at
+// most MAX_BATCH), which hold until the next call.
+static float *forward_logits(Transformer *t, const int *tokens, int n, int pos, int wanted) {
+    int first_wanted = n - wanted;
+    for (int done = 0; done < n; done += MAX_BATCH) {
+        Pass pass = {.transformer = t, .tokens = tokens + done, .pos = pos + done};
+        pass.n = n - done < MAX_BATCH ? n - done : MAX_BATCH;
+        int skipped = first_wanted > done ? first_wanted - done : 0; // tokens without logits
+        pass.wanted = pass.n > skipped ? pass.n - skipped : 0;
+        pass.logits = t->state.logits +
+                      (size_t)(done + skipped - first_wanted) * (size_t)t->config.vocab_size;
+        run_pass(&pass);
+    }
+    return t->state.logits;
+}
+
+// The logits [vocab_size] of the last token: what a prompt and plain decoding need.
+static float *forward(Transformer *t, const int *tokens, int n, int pos) {
+    return forward_logits(t, tokens, n, pos, 1);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 5  Tokenizer: text to tokens
+//
+// tokenizer.bin: int32 max_token_length, then for each id a float32 score, an int32 length and that
+// many raw bytes. Any byte may be in a token, zeros too.
+//
+// Text is first cut into pieces, then the bytes of each piece are merged into tokens: always the
+// pair of neighbours whose union is the token with the highest score, the leftmost of equals.
+
+typedef struct {
+    float score;
+    int length;        // bytes
+    const char *bytes; // not terminated
+} Token;
+
+enum { OTHER, LETTER, NUMBER, SPACE }; // \p{L}, \p{N}, White_Space
+#define UNICODE_END 0x110000
+
+typedef struct {
+    int vocab_size;
+    Token *tokens;        // [vocab_size]
+    int32_t *table;       // [table_size] hash table of the tokens by their bytes: id, or -1
+    uint32_t table_size;  // a power of two
+    uint8_t *class_of;    // [UNICODE_END]
+    int im_start, im_end; // ids of the chat template's control tokens, -1 if there are none
+    char *file;           // tokenizer.bin as read, which the tokens point into
+} Tokenizer;
+
+// Items in a heap: the greatest key is on top, and of equal keys the lowest order.
+typedef struct {
+    float key;
+    int order;
+    int length;
+} Item;
+
+static bool ranks_before(Item a, Item b) {
+    return a.key > b.key || (a.key == b.key && a.order < b.order);
+}
+
+static void sift_down(Item *heap, int count, int i) {
+    Item item = heap[i];
+    for (int child; (child = 2 * i + 1) < count; i = child) {
+        if (child + 1 < count && ranks_before(heap[child + 1], heap[child])) child++;
+        if (!ranks_before(heap[child], item)) break;
+        heap[i] = heap[child];
+    }
+    heap[i] = item;
+}
+
+static void push(Item *heap, int *count, Item item) {
+    int i = (*count)++;
+    for (; i > 0 && ranks_before(item, heap[(i - 1) / 2]); i = (i - 1) / 2)
+        heap[i] = heap[(i - 1) / 2];
+    heap[i] = item;
+}
+
+// Takes the top off and leaves it behind the heap's new end, so that popping all sorts the array.
+static Item pop(Item *heap, int *count) {
+    Item top = heap[0];
+    heap[0] = heap[--*count];
+    heap[*count] = top;
+    sift_down(heap, *count, 0);
+    return top;
+}
+
+// clang-format off
+// Unicode 15.1.0, printed by tests/make_unicode.py: pairs of gap and length
+static const uint16_t letter_ranges[] = {
+    65, 26, 6, 26, 47, 1, 10, 1, 4, 1, 5, 23, 1, 31, 1, 458, 4, 12, 14, 5, 7, 1, 1, 1, 129, 5, 1, 2,
+    2, 4, 1, 1, 6, 1, 1, 3, 1, 1, 1, 20, 1, 83, 1, 139, 8, 166, 1, 38, 2, 1, 6, 41, 71, 27, 4, 4,
+    45, 43, 35, 2, 1, 99, 1, 1, 15, 2, 7, 2, 10, 3, 2, 1, 16, 1, 1, 30, 29, 89, 11, 1, 24, 33, 9, 2,
+    4, 1, 5, 22, 4, 1, 9, 1, 3, 1, 23, 25, 7, 11, 5, 24, 1, 6, 17, 42, 58, 54, 3, 1, 18, 1, 7, 10,
+    15, 16, 4, 8, 2, 2, 2, 22, 1, 7, 1, 1, 3, 4, 3, 1, 16, 1, 13, 2, 1, 3, 14, 2, 10, 1, 8, 6, 4, 2,
+    2, 22, 1, 7, 1, 2, 1, 2, 1, 2, 31, 4, 1, 1, 19, 3, 16, 9, 1, 3, 1, 22, 1, 7, 1, 2, 1, 5, 3, 1,
+    18, 1, 15, 2, 23, 1, 11, 8, 2, 2, 2, 22, 1, 7, 1, 2, 1, 5, 3, 1, 30, 2, 1, 3, 15, 1, 17, 1, 1,
+    6, 3, 3, 1, 4, 3, 2, 1, 1, 1, 2, 3, 2, 3, 3, 3, 12, 22, 1, 52, 8, 1, 3, 1, 23, 1, 16, 3, 1, 26,
+    3, 2, 1, 2, 2, 30, 1, 4, 8, 1, 3, 1, 23, 1, 10, 1, 5, 3, 1, 31, 2, 1, 2, 15, 2, 17, 9, 1, 3, 1,
+    41, 2, 1, 16, 1, 5, 3, 8, 3, 24, 6, 5, 18, 3, 24, 1, 9, 1, 1, 2, 7, 58, 48, 1, 2, 12, 7, 58, 2,
+    1, 1, 1, 5, 1, 24, 1, 1, 1, 10, 1, 2, 9, 1, 2, 5, 1, 1, 21, 4, 32, 1, 63, 8, 1, 36, 27, 5, 115,
+    43, 20, 1, 16, 6, 4, 4, 3, 1, 3, 2, 7, 3, 4, 13, 12, 1, 17, 38, 1, 1, 5, 1, 2, 43, 1, 333, 1, 4,
+    2, 7, 1, 1, 1, 4, 2, 41, 1, 4, 2, 33, 1, 4, 2, 7, 1, 1, 1, 4, 2, 15, 1, 57, 1, 4, 2, 67, 37, 16,
+    16, 86, 2, 6, 3, 620, 2, 17, 1, 26, 5, 75, 6, 8, 7, 18, 13, 19, 14, 18, 14, 13, 1, 3, 15, 52,
+    35, 1, 4, 1, 67, 89, 7, 5, 2, 34, 1, 1, 5, 70, 10, 31, 49, 30, 2, 5, 11, 44, 4, 26, 54, 23, 9,
+    53, 82, 1, 93, 47, 17, 8, 54, 30, 13, 2, 10, 44, 26, 36, 41, 3, 10, 36, 2, 9, 7, 43, 2, 3, 41,
+    4, 1, 6, 1, 2, 3, 1, 5, 192, 64, 278, 2, 6, 2, 38, 2, 6, 2, 8, 1, 1, 1, 1, 1, 1, 1, 31, 2, 53,
+    1, 7, 1, 1, 3, 3, 1, 7, 3, 4, 2, 6, 4, 13, 5, 3, 1, 7, 116, 1, 13, 1, 16, 13, 101, 1, 4, 1, 2,
+    10, 1, 1, 3, 5, 6, 1, 1, 1, 1, 1, 1, 4, 1, 11, 2, 4, 5, 5, 4, 1, 52, 2, 2683, 229, 6, 4, 3, 2,
+    12, 38, 1, 1, 5, 1, 2, 56, 7, 1, 16, 23, 9, 7, 1, 7, 1, 7, 1, 7, 1, 7, 1, 7, 1, 7, 1, 7, 80, 1,
+    469, 2, 42, 5, 5, 2, 4, 86, 6, 3, 1, 90, 1, 4, 5, 43, 1, 94, 17, 32, 48, 16, 512, 6592, 64,
+    22157, 67, 46, 2, 269, 3, 16, 10, 2, 20, 47, 16, 31, 2, 70, 49, 9, 2, 103, 2, 64, 5, 2, 1, 1, 1,
+    5, 24, 16, 1, 3, 1, 4, 1, 23, 29, 52, 14, 50, 62, 6, 3, 1, 1, 2, 11, 28, 10, 23, 25, 29, 7, 47,
+    28, 1, 16, 5, 1, 10, 10, 5, 1, 41, 23, 3, 1, 8, 20, 23, 3, 1, 3, 50, 1, 1, 3, 2, 2, 5, 2, 1, 1,
+    1, 24, 3, 2, 11, 7, 3, 12, 6, 2, 6, 2, 6, 9, 7, 1, 7, 1, 43, 1, 14, 6, 115, 29, 11172, 12, 23,
+    4, 49, 8452, 366, 2, 106, 38, 7, 12, 5, 5, 1, 1, 10, 1, 13, 1, 5, 1, 1, 1, 2, 1, 2, 1, 108, 33,
+    363, 18, 64, 2, 54, 40, 12, 116, 5, 1, 135, 36, 26, 6, 26, 11, 89, 3, 6, 2, 6, 2, 6, 2, 3, 35,
+    12, 1, 26, 1, 19, 1, 2, 1, 15, 2, 14, 34, 123, 389, 29, 3, 49, 47, 32, 13, 20, 1, 8, 6, 38, 10,
+    30, 2, 36, 4, 8, 48, 158, 18, 36, 4, 36, 4, 40, 8, 52, 12, 11, 1, 15, 1, 7, 1, 2, 1, 11, 1, 15,
+    1, 7, 1, 2, 67, 311, 9, 22, 10, 8, 24, 6, 1, 42, 1, 9, 69, 6, 2, 1, 1, 44, 1, 2, 3, 1, 2, 23,
+    10, 23, 9, 31, 65, 19, 1, 2, 10, 22, 10, 26, 70, 56, 6, 2, 64, 1, 15, 4, 1, 3, 1, 29, 42, 29, 3,
+    29, 35, 8, 1, 28, 27, 54, 10, 22, 10, 19, 13, 18, 110, 73, 55, 51, 13, 51, 13, 36, 348, 42, 6,
+    2, 78, 29, 10, 1, 8, 22, 42, 18, 46, 21, 27, 23, 12, 53, 57, 2, 2, 1, 13, 45, 32, 25, 26, 36,
+    29, 1, 2, 1, 8, 35, 3, 1, 12, 48, 14, 4, 21, 1, 1, 1, 35, 18, 1, 25, 19, 2, 63, 7, 1, 1, 1, 4,
+    1, 15, 1, 10, 7, 47, 38, 8, 2, 2, 2, 22, 1, 7, 1, 2, 1, 5, 3, 1, 18, 1, 12, 5, 158, 53, 18, 4,
+    20, 3, 30, 48, 20, 2, 1, 1, 184, 47, 41, 4, 36, 48, 20, 1, 59, 43, 13, 1, 71, 27, 37, 7, 185,
+    44, 116, 64, 31, 8, 2, 1, 2, 8, 1, 2, 1, 24, 15, 1, 1, 1, 94, 8, 2, 39, 16, 1, 1, 1, 28, 1, 10,
+    40, 7, 1, 21, 1, 11, 46, 19, 1, 18, 73, 263, 9, 1, 37, 17, 1, 49, 30, 112, 7, 1, 2, 1, 38, 21,
+    1, 25, 6, 1, 2, 1, 32, 14, 1, 327, 19, 15, 1, 1, 13, 1, 34, 124, 1, 79, 922, 230, 196, 2636, 97,
+    15, 1072, 17, 6, 4025, 583, 8633, 569, 7, 31, 17, 79, 17, 30, 18, 48, 16, 4, 31, 21, 5, 19, 688,
+    64, 128, 75, 5, 1, 66, 13, 64, 2, 1, 1, 28, 6136, 8, 1238, 42, 9, 8935, 4, 1, 7, 1, 2, 1, 291,
+    15, 1, 29, 3, 2, 1, 14, 4, 8, 396, 2308, 107, 5, 13, 3, 9, 7, 10, 5990, 85, 1, 71, 1, 2, 2, 1,
+    2, 2, 2, 4, 1, 12, 1, 1, 1, 7, 1, 65, 1, 4, 2, 8, 1, 7, 1, 28, 1, 4, 1, 5, 1, 1, 3, 7, 1, 340,
+    2, 25, 1, 25, 1, 31, 1, 25, 1, 31, 1, 25, 1, 31, 1, 25, 1, 31, 1, 25, 1, 8, 1844, 31, 6, 6, 261,
+    62, 146, 45, 10, 7, 16, 1, 321, 30, 18, 44, 484, 28, 756, 7, 1, 4, 1, 2, 1, 15, 1, 197, 59, 68,
+    7, 1, 1204, 4, 1, 27, 1, 2, 1, 1, 2, 1, 1, 10, 1, 4, 1, 1, 1, 1, 6, 1, 4, 1, 1, 1, 1, 1, 1, 3,
+    1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 2, 4, 1, 7, 1, 4, 1, 4, 1, 1, 1, 10, 1,
+    17, 5, 3, 1, 5, 1, 17, 4420, 42720, 32, 4154, 6, 222, 2, 5762, 14, 7473, 15, 622, 2466, 542,
+    1506, 4939, 5, 4192,
+};
+static const uint16_t number_ranges[] = {
+    48, 10, 120, 2, 5, 1, 2, 3, 1441, 10, 134, 10, 198, 10, 412, 10, 118, 10, 4, 6, 108, 10, 118,
+    10, 118, 10, 2, 6, 110, 13, 115, 10, 8, 7, 103, 10, 104, 7, 7, 19, 109, 10, 96, 10, 118, 10, 70,
+    20, 268, 10, 70, 10, 719, 20, 881, 3, 239, 10, 6, 10, 22, 10, 300, 10, 128, 11, 165, 10, 6, 10,
+    182, 10, 86, 10, 134, 10, 6, 10, 1046, 1, 3, 6, 6, 10, 198, 51, 2, 5, 726, 60, 78, 22, 630, 30,
+    1385, 1, 777, 1, 25, 9, 14, 3, 343, 4, 138, 10, 30, 8, 1, 15, 32, 10, 39, 15, 29536, 10, 188,
+    10, 320, 6, 154, 10, 38, 10, 198, 10, 22, 10, 86, 10, 406, 10, 21270, 10, 493, 45, 12, 57, 17,
+    2, 341, 27, 36, 4, 29, 1, 8, 1, 134, 5, 202, 10, 942, 8, 25, 7, 39, 9, 75, 5, 22, 6, 160, 2, 2,
+    16, 2, 46, 64, 9, 52, 2, 30, 3, 75, 5, 104, 8, 24, 8, 41, 7, 330, 6, 48, 10, 294, 31, 158, 10,
+    42, 4, 112, 7, 134, 30, 128, 10, 60, 10, 144, 10, 7, 20, 251, 10, 342, 10, 118, 10, 374, 10,
+    102, 10, 102, 12, 420, 19, 93, 10, 758, 29, 227, 10, 70, 10, 422, 10, 102, 21, 1067, 111, 17905,
+    10, 86, 10, 134, 10, 1, 7, 798, 23, 25641, 20, 12, 20, 108, 25, 1109, 50, 2368, 10, 422, 10,
+    502, 10, 973, 9, 128, 10, 791, 59, 1, 3, 1, 4, 76, 45, 1, 15, 962, 13, 2787, 10,
+};
+static const uint16_t space_ranges[] = {
+    9, 5, 18, 1, 100, 1, 26, 1, 5599, 1, 2431, 11, 29, 2, 5, 1, 47, 1, 4000, 1,
+};
+// clang-format on
+
+static void mark_class(uint8_t *class_of, uint8_t class, const uint16_t *ranges, size_t count) {
+    size_t at = 0;
+    for (size_t i = 0; i < count; i += 2) {
+        memset(class_of + at + ranges[i], class, ranges[i + 1]);
+        at += (size_t)ranges[i] + ranges[i + 1];
+    }
+}
+
+// Reads one character of UTF-8. Returns its length in bytes, 0 if this is none, or -1 if the bytes
+// end within what may become one. RFC 3629: no longer forms than needed, no surrogates, up to
+// 10FFFF.
+static int decode_utf8(const char *text, size_t length, uint32_t *code) {
+    const unsigned char *s = (const unsigned char *)text;
+    int count = s[0] < 0x80   ? 1
+                : s[0] < 0xC2 ? 0
+                : s[0] < 0xE0 ? 2
+                : s[0] < 0xF0 ? 3
+                : s[0] < 0xF5 ? 4
+                              : 0;
+    *code = count > 1 ? s[0] & (0x7Fu >> count) : s[0];
+    for (int i = 1; i < count; i++) {
+        if ((size_t)i == length) return -1;
+        unsigned char least = 0x80, most = 0xBF;
+        if (i == 1 && s[0] == 0xE0) least = 0xA0;
+        if (i == 1 && s[0] == 0xED) most = 0x9F;
+        if (i == 1 && s[0] == 0xF0) least = 0x90;
+        if (i == 1 && s[0] == 0xF4) most = 0x8F;
+        if (s[i] < least || s[i] > most) return 0;
+        *code = *code << 6 | (s[i] & 0x3F);
+    }
+    return count;
+}
+
+static uint32_t hash_bytes(const char *bytes, size_t length) { // FNV-1a
+    uint32_t hash = 2166136261u;
+    for (size_t i = 0; i < length; i++) hash = (hash ^ (unsigned char)bytes[i]) * 16777619u;
+    return hash;
+}
+
+// The slot of the hash table that holds the token of these bytes, or the empty one where it would
+// be.
+static int32_t *find_slot(const Tokenizer *t, const char *bytes, size_t length) {
+    for (uint32_t i = hash_bytes(bytes, length);; i++) {
+        int32_t *slot = &t->table[i & (t->table_size - 1)];
+        if (*slot < 0 || ((size_t)t->tokens[*slot].length == length &&
+                          memcmp(t->tokens[*slot].bytes, bytes, length) == 0))
+            return slot;
+    }
+}
+
+static int find_token(const Tokenizer *t, const char *bytes, size_t length) {
+    return *find_slot(t, bytes, length);
+}
+
+static void free_tokenizer(Tokenizer *t) {
+    free(t->tokens);
+    free(t->table);
+    free(t->class_of);
+    free(t->file);
+    *t = (Tokenizer){0};
+}
+
+// Points the tokens into the file. Everything in it is hostile until checked.
+static int read_tokens(Tokenizer *t, size_t size, const char *path) {
+    size_t at = sizeof(int32_t); // max_token_length is not needed
+    for (int id = 0; id < t->vocab_size; id++) {
+        Token *token = &t->tokens[id];
+        int32_t length = -1;
+        if (size >= at + 8) {
+            memcpy(&token->score, t->file + at, 4);
+            memcpy(&length, t->file + at + 4, 4);
+            at += 8;
+        }
+        if (length < 0 || (size_t)length > size - at || !isfinite(token->score))
+            return refuse_file(path, "ends or is damaged at token %d of the model's %d", id,
+                               t->vocab_size);
+        token->length = length;
+        token->bytes = t->file + at;
+        at += (size_t)length;
+    }
+    if (at != size)
+        return refuse_file(path, "more than the model's %d tokens: it belongs to another model",
+                           t->vocab_size);
+    return 0;
+}
+
+// Loads the tokenizer of a model with so many tokens. Returns 0, or -1 after one line on stderr,
+// with nothing left to free.
+static int build_tokenizer(Tokenizer *t, const char *path, int vocab_size) {
+    *t = (Tokenizer){.vocab_size = vocab_size};
+    size_t size;
+    int fd = open_model_file(path, &size);
+    if (fd < 0) return -1;
+    for (t->table_size = 2; t->table_size < 2 * (uint32_t)vocab_size;) t->table_size *= 2;
+    t->file = malloc(size + 1);
+    t->tokens = calloc((size_t)vocab_size, sizeof(Token));
+    t->table = malloc(t->table_size * sizeof(int32_t));
+    t->class_of = calloc(UNICODE_END, 1);
+    bool complete = t->file && read(fd, t->file, size) == (ssize_t)size;
+    close(fd);
+    if (!complete || !t->tokens || !t->table || !t->class_of) {
+        refuse_file(path, "cannot be read: %s", strerror(errno));
+        goto failed;
+    }
+    if (read_tokens(t, size, path) < 0) goto failed;
+
+    memset(t->table, -1, t->table_size * sizeof(int32_t));
+    for (int id = 0; id < vocab_size; id++) {
+        int32_t *slot = find_slot(t, t->tokens[id].bytes, (size_t)t->tokens[id].length);
+        if (*slot < 0) *slot = id;
+    }
+    mark_class(t->class_of, LETTER, letter_ranges, sizeof(letter_ranges) / sizeof(uint16_t));
+    mark_class(t->class_of, NUMBER, number_ranges, sizeof(number_ranges) / sizeof(uint16_t));
+    mark_class(t->class_of, SPACE, space_ranges, sizeof(space_ranges) / sizeof(uint16_t));
+    t->im_start = find_token(t, "<|im_start|>", 12);
+    t->im_end = find_token(t, "<|im_end|>", 10);
+    return 0;
+failed:
+    free_tokenizer(t);
+    return -1;
+}
+
+// Control tokens are spelled <name> or <|name|>. No token of plain text is: the cutting below never
+// lets letters and other signs into one piece.
+static bool is_control_token(const Tokenizer *t, int id) {
+    const Token *token = &t->tokens[id];
+    if (token->length < 3 || token->bytes[0] != '<' || token->bytes[token->length - 1] != '>')
+        return false;
+    for (int i = 1; i < token->length - 1; i++)
+        if (t->class_of[(unsigned char)token->bytes[i]] == LETTER) return true;
+    return false;
+}
+
+// The class of the character at the start of a text that is not empty, and its length. A byte that
+// is no UTF-8 counts as a character of its own.
+static int classify(const Tokenizer *t, const char *text, size_t length, size_t *character) {
+    uint32_t code;
+    int count = decode_utf8(text, length, &code);
+    *character = count > 0 ? (size_t)count : 1;
+    return count > 0 ? t->class_of[code] : OTHER;
+}
+
+// The length of the run of characters of one class that the text starts with. *last is the length
+// of the run's last character.
+static size_t run_of(const Tokenizer *t, int class, const char *text, size_t length, size_t *last) {
+    size_t at = 0, character;
+    while (at < length && classify(t, text + at, length - at, &character) == class) {
+        at += character;
+        *last = character;
+    }
+    return at;
+}
+
+// The length of the first piece of a text that is not empty. Every number stands alone; the rest is
+// GPT-2's pattern:  's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+static size_t piece_length(const Tokenizer *t, const char *text, size_t length) {
+    static const char *const endings[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
+    for (size_t i = 0; i < sizeof(endings) / sizeof(endings[0]); i++) {
+        size_t count = strlen(endings[i]);
+        if (length >= count && memcmp(text, endings[i], count) == 0) return count;
+    }
+    size_t character, last = 0;
+    int class = classify(t, text, length, &character);
+    if (class == NUMBER) return character;
+    if (class != SPACE) return run_of(t, class, text, length, &last);
+
+    // Spaces. What follows them, other than a number, takes the last one along if it is U+0020; if
+    // it is another one, that stands alone. Text and number boundaries end the run just so.
+    size_t spaces = run_of(t, SPACE, text, length, &last);
+    int next = spaces < length ? classify(t, text + spaces, length - spaces, &character) : NUMBER;
+    if (next == NUMBER) return spaces;
+    if (spaces > last) return spaces - last;
+    if (*text != ' ') return spaces;
+    return 1 + run_of(t, next, text + 1, length - 1, &last);
+}
+
+// A run of bytes that is one token, in a doubly linked list of neighbours. Index and address in the
+// piece are those of the first byte.
+typedef struct {
+    int length;      // bytes; 0 when it has become part of its left neighbour
+    int left, right; // index of the neighbours; -1 and the piece's length at the ends
+} Symbol;
+
+// Offers the union of a symbol and its right neighbour for merging, if it is a token.
+static void offer_merge(const Tokenizer *t, const char *piece, int length, const Symbol *symbols,
+                        int left, Item *heap, int *count) {
+    int right = left < 0 ? length : symbols[left].right;
+    if (right == length) return;
+    int total = symbols[left].length + symbols[right].length;
+    int id = find_token(t, piece + left, (size_t)total);
+    if (id >= 0) push(heap, count, (Item){t->tokens[id].score, left, total});
+}
+
+// Merges a piece, all of whose bytes are tokens, and returns the number of ids. The best pair comes
+// from a heap, which makes n log n of what would be quadratic. heap has room for 3 * length items:
+// one per neighbours at the start, and two per merge.
+static int merge_piece(const Tokenizer *t, const char *piece, int length, Symbol *symbols,
+                       Item *heap, int *ids) {
+    int count = 0;
+    for (int i = 0; i < length; i++) symbols[i] = (Symbol){1, i - 1, i + 1};
+    for (int i = 0; i < length; i++) offer_merge(t, piece, length, symbols, i, heap, &count);
+    while (count > 0) {
+        Item best = pop(heap, &count);
+        // Neighbours only ever grow: if their total still is that of the offer, they are the same
+        // two.
+        Symbol *left = &symbols[best.order];
+        if (left->length == 0 || left->right == length ||
+            left->length + symbols[left->right].length != best.length)
+            continue;
+        symbols[left->right].length = 0;
+        left->right = symbols[left->right].right;
+        left->length = best.length;
+        if (left->right < length) symbols[left->right].left = best.order;
+        offer_merge(t, piece, length, symbols, left->left, heap, &count);
+        offer_merge(t, piece, length, symbols, best.order, heap, &count);
+    }
+    int n = 0;
+    for (int i = 0; i < length; i = symbols[i].right)
+        ids[n++] = find_token(t, piece + i, (size_t)symbols[i].length);
+    return n;
+}
+
+// Plain text to ids, no template: control tokens spelled in the text are text. tokens has room for
+// length + 1. Returns the number of ids, or -1 after a complaint if there is no memory.
+static int encode(Tokenizer *t, const char *text, size_t length, int *tokens) {
+    char *piece = malloc(length + 1);
+    Symbol *symbols = malloc((length + 1) * sizeof(Symbol));
+    Item *heap = malloc((3 * length + 1) * sizeof(Item));
+    int n = -1;
+    if (piece && symbols && heap) {
+        n = 0;
+        for (size_t at = 0, count; at < length; at += count) {
+            count = piece_length(t, text + at, length - at);
+            int kept = 0; // bytes that are no token by themselves are dropped
+            for (size_t i = at; i < at + count; i++)
+                if (find_token(t, text + i, 1) >= 0) piece[kept++] = text[i];
+            n += merge_piece(t, piece, kept, symbols, heap, tokens + n);
+        }
+    } else {
+        complain("There is not enough memory for a text of %zu bytes.", length);
+    }
+    free(piece);
+    free(symbols);
+    free(heap);
+    return n;
+}
+
+// ------------------------------------------------------------------------------------------------
+// 6  Sampler: logits to a token
+
+typedef struct {
+    int vocab_size;
+    float temperature; // 0 is greedy
+    float top_p; // sample from the likeliest tokens that together just exceed this probability
+    uint64_t rng_state;
+    Item *candidates; // [vocab_size]
+    const Kernels *kernels;
+} Sampler;
+
+static int build_sampler(Sampler *s, int vocab_size, float temperature, float top_p,
+                         unsigned long long seed) {
+    *s = (Sampler){.vocab_size = vocab_size,
+                   .temperature = temperature,
+                   .top_p = top_p,
+                   .rng_state = seed,
+                   .kernels = choose_kernels()};
+    s->candidates = malloc((size_t)vocab_size * sizeof(Item));
+    if (s->candidates && s->kernels) return 0;
+    if (s->kernels) complain("There is not enough memory for a vocabulary of %d.", vocab_size);
+    free(s->candidates);
+    return -1;
+}
+
+static void free_sampler(Sampler *s) { free(s->candidates); }
+
+// xorshift64*, Vigna 2014
+static uint32_t random_u32(uint64_t *state) {
+    *state ^= *state >> 12;
+    *state ^= *state << 25;
+    *state ^= *state >> 27;
+    return (uint32_t)((*state * 0x2545F4914F6CDD1Dull) >> 32);
+}
+
+static float random_f32(uint64_t *state) { return (float)(random_u32(state) >> 8) / 16777216.0f; }
+
+static bool all_finite(const float *x, int n) {
+    uint32_t bad = 0;
+    for (int i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, &x[i], sizeof(bits));
+        bad |= (bits & 0x7F800000) == 0x7F800000; // the exponent of infinities and NaNs
+    }
+    return !bad;
+}
+
+static int argmax(const Kernels *kernels, const float *x, int n) {
+    float greatest = kernels->maximum(x, n);
+    int i = 0;
+    while (i < n - 1 && x[i] != greatest) i++;
+    return i;
+}
+
+// Draws from the smallest set of likeliest tokens whose probability exceeds top_p. The heap gives
+// them in falling order, one by one, so that nothing is sorted that is not looked at.
+static int sample_top_p(Sampler *s, const float *p, float coin) {
+    float cutoff = (1 - s->top_p) / (float)(s->vocab_size - 1); // less can't be part of the set
+    Item *items = s->candidates;
+    int count = 0;
+    for (int i = 0; i < s->vocab_size; i++)
+        if (p[i] >= cutoff) items[count++] = (Item){.key = p[i], .order = i};
+    if (count == 0) return argmax(s->kernels, p, s->vocab_size);
+    for (int i = count / 2 - 1; i >= 0; i--) sift_down(items, count, i);
+
+    int end = count; // the popped ones are items[count..end), the likeliest last
+    float sum = 0;
+    while (count > 0 && !(sum > s->top_p)) sum = sum + pop(items, &count).key;
+    float target = coin * sum, reached = 0;
+    for (int i = end - 1; i > count; i--) {
+        reached = reached + items[i].key;
+        if (target < reached) return items[i].order;
+    }
+    return items[count].order;
+}
+
+// The next token; logits are overwritten. -1, after a complaint, if they are not all finite.
+static int sample(Sampler *s, float *logits) {
+    int n = s->vocab_size;
+    if (!all_finite(logits, n)) {
+        complain(
+            "The model computed logits that are not finite numbers; its file must be damaged.");
+        return -1;
+    }
+    if (s->temperature == 0) return argmax(s->kernels, logits, n);
+    for (int i = 0; i < n; i++) logits[i] /= s->temperature;
+    softmax(s->kernels, logits, 0, 1, n);
+    return sample_top_p(s, logits, random_f32(&s->rng_state));
+}
+
+// ------------------------------------------------------------------------------------------------
+// 7  Generation: one turn of the chat
+//
+// A turn is SmolLM's own template; what the model has to continue ends at the first vertical bar:
+//
+//   <|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n | {reply}<|im_end|>\n
+
+typedef struct {
+    Transformer transformer;
+    Tokenizer tokenizer;
+    Sampler sampler;
+    int max_new_tokens;
+    int *ids;     // [seq_len] the conversation so far ...
+    int length;   // ... so many tokens ...
+    int computed; // ... of which the first so many are in the key and value caches
+    int *turns;   // [seq_len] where each turn starts in ids
+    int turn_count;
+} Session;
+
+// Text on its way to the user: a character's bytes wait until it is complete.
+typedef struct {
+    char bytes[4];
+    size_t count;
+    bool line_open; // the last character printed was not a newline
+} Printer;
+
+// Prints what is whole characters; control characters but newline and tab (a terminal would obey
+// them, U+0080..9F as well) and bytes that are no UTF-8 are left out.
+static void print_text(Printer *printer, const char *text, size_t length) {
+    for (size_t i = 0; i < length; i++) {
+        printer->bytes[printer->count++] = text[i];
+        uint32_t code;
+        int size;
+        while (printer->count > 0 &&
+               (size = decode_utf8(printer->bytes, printer->count, &code)) >= 0) {
+            bool control = code < 0x20 || (code >= 0x7F && code < 0xA0);
+            if (size > 0 && (!control || code == '\n' || code == '\t')) {
+                fwrite(printer->bytes, 1, (size_t)size, stdout);
+                printer->line_open = code != '\n';
+            }
+            size_t taken = size > 0 ? (size_t)size : 1;
+            printer->count -= taken;
+            memmove(printer->bytes, printer->bytes + taken, printer->count);
+        }
+    }
+}
+
+static void free_session(Session *s) {
+    free_transformer(&s->transformer);
+    free_tokenizer(&s->tokenizer);
+    free_sampler(&s->sampler);
+    free(s->ids);
+    free(s->turns);
+}
+
+// Loads everything that the settings name. Returns 0, or -1 after one line on stderr.
+static int build_session(Session *s, const Settings *settings) {
+    *s = (Session){.max_new_tokens = settings->max_new_tokens};
+    char path[4096];
+    snprintf(path, sizeof(path), "%s/model.bin", settings->dir);
+    if (build_transformer(&s->transformer, path) < 0) return -1;
+    const Config *c = &s->transformer.config;
+    snprintf(path, sizeof(path), "%s/tokenizer.bin", settings->dir);
+    if (build_tokenizer(&s->tokenizer, path, c->vocab_size) < 0) goto failed;
+    if (s->tokenizer.im_start < 0 || s->tokenizer.im_end < 0) {
+        refuse_file(path, "no <|im_start|> and <|im_end|>: this is not a chat model's tokenizer");
+        goto failed;
+    }
+    if (build_sampler(&s->sampler, c->vocab_size, settings->temperature, settings->top_p,
+                      settings->seed) < 0)
+        goto failed;
+    s->ids = malloc((size_t)c->seq_len * sizeof(int));
+    s->turns = malloc((size_t)c->seq_len * sizeof(int));
+    if (s->ids && s->turns) return 0;
+    complain("There is not enough memory for a window of %d tokens.", c->seq_len);
+failed:
+    free_session(s);
+    return -1;
+}
+
+// The ids of a turn up to where the reply begins. ids has room for length + 64. Returns their
+// number, or -1.
+static int encode_prompt(Tokenizer *t, const char *prompt, size_t length, int *ids) {
+    static const char role[] = "user\n";
+    char text[sizeof(role) + MAX_PROMPT_LEN];
+    int n = 0, count;
+    memcpy(text, role, sizeof(role) - 1);
+    memcpy(text + sizeof(role) - 1, prompt, length);
+    ids[n++] = t->im_start;
+    if ((count = encode(t, text, sizeof(role) - 1 + length, ids + n)) < 0) return -1;
+    n += count;
+    ids[n++] = t->im_end;
+    if ((count = encode(t, "\n", 1, ids + n)) < 0) return -1;
+    n += count;
+    ids[n++] = t->im_start;
+    if ((count = encode(t, "assistant\n", 10, ids + n)) < 0) return -1;
+    return n + count;
+}
+
+// Drops the oldest turns until `needed` more tokens fit into the window, or none are left. What
+// stays has moved to other positions, so all of it is computed again.
+static void make_room(Session *s, int needed) {
+    int dropped = 0;
+    while (dropped < s->turn_count &&
+           s->length - s->turns[dropped] + needed > s->transformer.config.seq_len)
+        dropped++;
+    if (dropped == 0) return;
+    int gone = dropped < s->turn_count ? s->turns[dropped] : s->length;
+    memmove(s->ids, s->ids + gone, (size_t)(s->length - gone) * sizeof(int));
+    for (int i = dropped; i < s->turn_count; i++) s->turns[i - dropped] = s->turns[i] - gone;
+    s->turn_count -= dropped;
+    s->length -= gone;
+    s->computed = 0;
+    printf(
+        "[INFO] The context window is full: the oldest %d of %d turns are dropped, and the rest is "
+        "computed again.\n",
+        dropped, dropped + s->turn_count);
+}
+
+// Computes what of the conversation is not in the caches yet. Returns the last token's logits.
+static float *catch_up(Session *s) {
+    int from = s->computed;
+    s->computed = s->length;
+    return forward(&s->transformer, s->ids + from, s->length - from, from);
+}
+
+// Answers a prompt of at most MAX_PROMPT_LEN bytes: the reply goes to stdout, token by token, then
+// a line of figures. Returns 0, also for a prompt that the window can't hold, which is told; or -1
+// if the session can't go on: stdout is closed, or the logits are not finite.
+static int generate(Session *s, const char *prompt, size_t length) {
+    Tokenizer *t = &s->tokenizer;
+    int seq_len = s->transformer.config.seq_len;
+    int *turn = malloc((length + 64) * sizeof(int));
+    int count = turn ? encode_prompt(t, prompt, length, turn) : -1;
+    int closing = 2; // tokens behind the reply: <|im_end|> and newline
+    if (count < 0 || count + 1 + closing > seq_len) {
+        if (count >= 0)
+            printf("The prompt has %d tokens and was not used: the context window holds %d.\n",
+                   count, seq_len);
+        free(turn);
+        return fflush(stdout) == EOF || count < 0 ? -1 : 0;
+    }
+    // A reply may be longer than half the window only if there is room: old turns are worth more.
+    int reserve = s->max_new_tokens < seq_len / 2 ? s->max_new_tokens : seq_len / 2;
+    make_room(s, count + reserve + closing);
+    s->turns[s->turn_count++] = s->length;
+    memcpy(s->ids + s->length, turn, (size_t)count * sizeof(int));
+    s->length += count;
+    free(turn);
+
+    int room = seq_len - s->length - closing, generated = 0;
+    int limit = s->max_new_tokens < room ? s->max_new_tokens : room;
+    Printer printer = {.count = 0};
+    double start = 0, now = 0;
+    while (generated < limit) {
+        int token = sample(&s->sampler, catch_up(s));
+        if (token < 0) return -1;
+        now = seconds();
+        if (generated++ == 0) start = now;
+        if (is_control_token(t, token)) break;
+        print_text(&printer, t->tokens[token].bytes, (size_t)t->tokens[token].length);
+        if (fflush(stdout) == EOF) return -1;
+        s->ids[s->length++] = token;
+    }
+    s->ids[s->length++] = t->im_end;
+    s->length += encode(t, "\n", 1, s->ids + s->length);
+
+    const char *green = isatty(STDOUT_FILENO) ? "\033[32m" : "", *plain = *green ? "\033[0m" : "";
+    double speed = now > start ? (generated - 1) / (now - start) : 0;
+    printf("%s%s[INFO] SEQ LEN: %d, Speed: %.4f tok/s%s\n", printer.line_open ? "\n" : "", green,
+           s->length, speed, plain);
+    return fflush(stdout) == EOF ? -1 : 0;
+}
+
+#elif defined(ISA) // end of the first reading; from here on it is read for each instruction set
+// ------------------------------------------------------------------------------------------------
+// 8  Kernel bodies
+//
+// Written with the vector extensions of GCC and clang (a vector type's operators work lane by
+// lane), for registers of LANES floats. Only the integer dot products, for which each instruction
+// set has other instructions, are written three times.
+
+#define JOIN(name, isa) name##_##isa
+#define NAMED(name, isa) JOIN(name, isa)
+#define NAME(name) NAMED(name, ISA)
+#define KERNEL TARGET static
+#define INLINE TARGET static inline __attribute__((always_inline))
+
+// Vectors that fill one register. They may lie at any address, and over memory of other types.
+#define VECTOR(type, size) type __attribute__((vector_size(size), aligned(sizeof(type)), may_alias))
+typedef VECTOR(float, 4 * LANES) NAME(floats);
+typedef VECTOR(int32_t, 4 * LANES) NAME(ints);
+typedef VECTOR(int8_t, LANES) NAME(bytes);
+typedef VECTOR(float, 2 * LANES) NAME(half);     // half a register of floats ...
+typedef VECTOR(double, 4 * LANES) NAME(doubles); // ... and as many doubles
+typedef VECTOR(uint64_t, 4 * LANES) NAME(longs);
+#define floats NAME(floats)
+#define ints NAME(ints)
+#define bytes NAME(bytes)
+#define half NAME(half)
+#define doubles NAME(doubles)
+#define longs NAME(longs)
+#define LOAD(type, address) (*(const type *)(address))
+#define STORE(type, address, value) (*(type *)(address) = (value))
+
+// Lane by lane: where the mask (all ones or all zeros) is set, a; elsewhere b.
+#define SELECT(type, masks, mask, a, b) ((type)(((mask) & (masks)(a)) | (~(mask) & (masks)(b))))
+
+#ifndef EXP_TABLE
+#define EXP_TABLE
+// bits(2^(i/32), correctly rounded) - (i << 47): adding k << 47 for k = 32 * n + i gives 2^(k/32).
+// The table of glibc's expf (sysdeps/ieee754/flt-32/e_exp2f_data.c).
+static const uint64_t exp_table[32] = {
+    0x3ff0000000000000, 0x3fefd9b0d3158574, 0x3fefb5586cf9890f, 0x3fef9301d0125b51,
+    0x3fef72b83c7d517b, 0x3fef54873168b9aa, 0x3fef387a6e756238, 0x3fef1e9df51fdee1,
+    0x3fef06fe0a31b715, 0x3feef1a7373aa9cb, 0x3feedea64c123422, 0x3feece086061892d,
+    0x3feebfdad5362a27, 0x3feeb42b569d4f82, 0x3feeab07dd485429, 0x3feea47eb03a5585,
+    0x3feea09e667f3bcd, 0x3fee9f75e8ec5f74, 0x3feea11473eb0187, 0x3feea589994cce13,
+    0x3feeace5422aa0db, 0x3feeb737b0cdc5e5, 0x3feec49182a3f090, 0x3feed503b23e255d,
+    0x3feee89f995ad3ad, 0x3feeff76f2fb5e47, 0x3fef199bdd85529c, 0x3fef3720dcef9069,
+    0x3fef5818dcfba487, 0x3fef7c97337b9b5f, 0x3fefa4afa2a490da, 0x3fefd0765b6e4540,
+};
+#endif
+
+// exp_table at LANES / 2 indices
+INLINE longs NAME(look_up)(longs i) {
+#if defined(ISA_AVX512)
+    return (longs)_mm512_i64gather_epi64((__m512i)i, exp_table, 8);
+#elif defined(ISA_AVX2)
+    return (longs)_mm256_i64gather_epi64((const long long *)exp_table, (__m256i)i, 8);
+#else
+    return (longs){exp_table[i[0]], exp_table[i[1]]};
+#endif
+}
+
+// e^x as glibc's expf computes it where there is no FMA, all in double and rounded once at the end:
+// x = k * ln2 / 32 + r, e^x = 2^(k/32) * a cubic polynomial of r. Right to 0.502 ulp.
+INLINE half NAME(exp_half)(half x) {
+    const double C0 = 0x1.c6af84b912394p-5 / 32768, C1 = 0x1.ebfce50fac4f3p-3 / 1024;
+    const double C2 = 0x1.62e42ff0c52d6p-1 / 32, shift = 0x1.8p52; // adding it rounds to an integer
+    const doubles zeros = {0}, infinities = zeros + (double)INFINITY;
+    doubles wide = __builtin_convertvector(x, doubles);
+    doubles z = wide * 0x1.71547652b82fep+5;
+    doubles k = z + shift;
+    doubles r = z - (k - shift);
+    longs bits = (longs)k;
+    doubles s = (doubles)(NAME(look_up)(bits & 31) + (bits << 47));
+    doubles y = ((C0 * r + C1) * (r * r) + (C2 * r + 1)) * s;
+    y = SELECT(doubles, longs, (longs)(wide > 0x1.62e42ep6), infinities, y);
+    y = SELECT(doubles, longs, (longs)(wide < -0x1.9fe368p6), zeros, y);
+    return __builtin_convertvector(y, half);
+}
+
+KERNEL void NAME(exp_minus)(float *x, int n, float shift) {
+    int i = 0;
+    for (; i + LANES / 2 <= n; i += LANES / 2)
+        STORE(half, x + i, NAME(exp_half)(LOAD(half, x + i) - shift));
+    if (i == n) return;
+    half rest = {0};
+    memcpy(&rest, x + i, (size_t)(n - i) * sizeof(float));
+    rest = NAME(exp_half)(rest - shift);
+    memcpy(x + i, &rest, (size_t)(n - i) * sizeof(float));
+}
+
+KERNEL float NAME(maximum)(const float *x, int n) {
+    int i = 0;
+    float greatest = x[0];
+    if (n >= LANES) {
+        floats most = LOAD(floats, x);
+        for (i = LANES; i + LANES <= n; i += LANES) {
+            floats next = LOAD(floats, x + i);
+            most = SELECT(floats, ints, next > most, next, most);
+        }
+        greatest = most[0];
+        for (int lane = 1; lane < LANES; lane++)
+            if (most[lane] > greatest) greatest = most[lane];
+    }
+    for (; i < n; i++)
+        if (x[i] > greatest) greatest = x[i];
+    return greatest;
+}
+
+// roundf(t) is the integer part of t + the greatest float below 0.5, away from zero: 0.5 itself
+// would carry 0.49999997 up to 1. As bits, floats of one sign are ordered as the integers are.
+KERNEL void NAME(quantize)(Activations *out, int token, const float *x) {
+    const ints sign = (ints){0} + INT32_MIN;
+    const floats most = (floats){0} + 127, below_half = (floats){0} + 0x1.fffffep-2f;
+    for (int group = 0; group < out->width / GROUP; group++, x += GROUP) {
+        size_t at = (size_t)token * (size_t)(out->width / GROUP) + (size_t)group;
+        ints greatest = {0}, sum = {0};
+        for (int i = 0; i < GROUP; i += LANES) {
+            ints size = LOAD(ints, x + i) & ~sign;
+            greatest = SELECT(ints, ints, size > greatest, size, greatest);
+        }
+        int32_t bits = 0;
+        for (int lane = 0; lane < LANES; lane++)
+            if (greatest[lane] > bits) bits = greatest[lane];
+        float scale;
+        memcpy(&scale, &bits, sizeof(scale));
+        scale = scale / 127;
+        float divisor = scale != 0 ? scale : INFINITY; // all q are 0 then
+        for (int i = 0; i < GROUP; i += LANES) {
+            floats t = LOAD(floats, x + i) / divisor;
+            ints signs = (ints)t & sign;
+            floats size = (floats)((ints)t & ~sign) + below_half;
+            size = SELECT(floats, ints, size > most, most, size);
+            ints q = __builtin_convertvector((floats)((ints)size | signs), ints);
+            STORE(bytes, out->q + at * GROUP + i, __builtin_convertvector(q, bytes));
+            sum += q;
+        }
+        int32_t total = 0;
+        for (int lane = 0; lane < LANES; lane++) total += sum[lane];
+        out->s[at] = scale;
+        out->sum[at] = 128 * total;
+    }
+}
+
+// Scores of VECTORS * LANES time steps for a number of heads that is known at compile time, so that
+// the sums stay in registers. Each key is loaded once for all heads.
+INLINE void NAME(score_heads)(float *out, size_t stride, const float *q, const int heads,
+                              int head_size, const float *keys, int times) {
+    for (int t = 0; t < times; t += VECTORS * LANES) {
+        floats sum[MAX_HEADS][VECTORS] = {{{0}}};
+        const float *key[VECTORS];
+        for (int v = 0; v < VECTORS; v++) {
+            int time = t + v * LANES;
+            key[v] = keys + (size_t)(time / KEY_BLOCK * KEY_BLOCK) * (size_t)head_size +
+                     time % KEY_BLOCK;
+        }
+        for (int i = 0; i < head_size; i++)
+            for (int v = 0; v < VECTORS; v++) {
+                floats k = LOAD(floats, key[v] + i * KEY_BLOCK);
+                for (int head = 0; head < heads; head++)
+                    sum[head][v] = sum[head][v] + q[head * head_size + i] * k;
+            }
+        for (int head = 0; head < heads; head++)
+            for (int v = 0; v < VECTORS; v++)
+                STORE(floats, out + (size_t)head * stride + t + v * LANES,
+                      sum[head][v] / sqrtf((float)head_size));
+    }
+}
+
+KERNEL void NAME(score)(float *out, size_t stride, const float *q, int heads, int head_size,
+                        const float *keys, int times) {
+    switch (heads) {
+    case 1: NAME(score_heads)(out, stride, q, 1, head_size, keys, times); break;
+    case 2: NAME(score_heads)(out, stride, q, 2, head_size, keys, times); break;
+    case 3: NAME(score_heads)(out, stride, q, 3, head_size, keys, times); break;
+    case 4: NAME(score_heads)(out, stride, q, 4, head_size, keys, times); break;
+    }
+}
+
+// The same idea for `vectors` vectors of dimensions, and all time steps.
+INLINE void NAME(mix_heads)(float *out, const float *weight, size_t stride, const int heads,
+                            int head_size, const float *values, int times, const int vectors) {
+    floats sum[MAX_HEADS][VECTORS] = {{{0}}};
+    for (int t = 0; t < times; t++)
+        for (int v = 0; v < vectors; v++) {
+            floats value = LOAD(floats, values + (size_t)t * (size_t)head_size + v * LANES);
+            for (int head = 0; head < heads; head++)
+                sum[head][v] = sum[head][v] + weight[(size_t)head * stride + (size_t)t] * value;
+        }
+    for (int head = 0; head < heads; head++)
+        for (int v = 0; v < vectors; v++)
+            STORE(floats, out + head * head_size + v * LANES, sum[head][v]);
+}
+
+INLINE void NAME(mix_all)(float *out, const float *weight, size_t stride, const int heads,
+                          int head_size, const float *values, int times) {
+    int i = 0;
+    for (; i + VECTORS * LANES <= head_size; i += VECTORS * LANES)
+        NAME(mix_heads)(out + i, weight, stride, heads, head_size, values + i, times, VECTORS);
+    for (; i + LANES <= head_size; i += LANES)
+        NAME(mix_heads)(out + i, weight, stride, heads, head_size, values + i, times, 1);
+    for (; i < head_size; i++)
+        for (int head = 0; head < heads; head++) {
+            float sum = 0;
+            for (int t = 0; t < times; t++)
+                sum = sum + weight[(size_t)head * stride + (size_t)t] *
+                                values[(size_t)t * (size_t)head_size + (size_t)i];
+            out[head * head_size + i] = sum;
+        }
+}
+
+KERNEL void NAME(mix)(float *out, const float *weight, size_t stride, int heads, int head_size,
+                      const float *values, int times) {
+    switch (heads) {
+    case 1: NAME(mix_all)(out, weight, stride, 1, head_size, values, times); break;
+    case 2: NAME(mix_all)(out, weight, stride, 2, head_size, values, times); break;
+    case 3: NAME(mix_all)(out, weight, stride, 3, head_size, values, times); break;
+    case 4: NAME(mix_all)(out, weight, stride, 4, head_size, values, times); break;
+    }
+}
+
+// What the rows that do not fill a block get, on every machine: one row at a time.
+INLINE void NAME(single_rows)(float *out, const QuantizedTensor *w, int first, int last,
+                              const Activations *x, int token) {
+    int groups = w->cols / GROUP;
+    for (int row = first; row < last; row++) {
+        const int8_t *q = w->q + (size_t)row * (size_t)w->cols;
+        const int8_t *xq = x->q + (size_t)token * (size_t)w->cols;
+        float sum = 0;
+        for (int group = 0; group < groups; group++) {
+            int32_t dot = 0;
+            for (int i = 0; i < GROUP; i++) dot += q[group * GROUP + i] * xq[group * GROUP + i];
+            sum = sum + ((float)dot * w->s[(size_t)row * (size_t)groups + (size_t)group]) *
+                            x->s[(size_t)token * (size_t)groups + (size_t)group];
+        }
+        out[(size_t)token * (size_t)w->rows + (size_t)row] = sum;
+    }
+}
+
+#if defined(ISA_AVX512)
+
+// The sums of the lanes of 16 vectors, as the lanes of one: a transposition that adds as it goes.
+INLINE __m512i NAME(sum_lanes)(const __m512i v[16]) {
+    __m512i pair[8], four[4], eight[2];
+    for (int i = 0; i < 8; i++)
+        pair[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]),
+                                   _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 4; i++)
+        four[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(pair[2 * i], pair[2 * i + 1]),
+                                   _mm512_unpackhi_epi64(pair[2 * i], pair[2 * i + 1]));
+    for (int i = 0; i < 2; i++)
+        eight[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(four[2 * i], four[2 * i + 1], 0x88),
+                                    _mm512_shuffle_i32x4(four[2 * i], four[2 * i + 1], 0xDD));
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(eight[0], eight[1], 0x88),
+                            _mm512_shuffle_i32x4(eight[0], eight[1], 0xDD));
+}
+
+// 16 rows at a time. vpdpbusd multiplies unsigned by signed bytes: w XOR 0x80 is w + 128, unsigned,
+// and 128 * the sum of the activations is subtracted again.
+KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, int first, int last,
+                              const Activations *x) {
+    const __m512i sign = _mm512_set1_epi8(INT8_MIN);
+    int groups = w->cols / GROUP, row = first;
+    const __m512i scale_of_row =
+        _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                           _mm512_set1_epi32(groups));
+    for (; row + 16 <= last; row += 16) {
+        const int8_t *q = w->q + (size_t)row * (size_t)w->cols;
+        const float *scale = w->s + (size_t)row * (size_t)groups;
+        __m512 sum = _mm512_setzero_ps();
+        for (int group = 0; group < groups; group++) {
+            __m512i xq = _mm512_loadu_si512(x->q + group * GROUP), dot[16];
+            for (int i = 0; i < 16; i++) {
+                const int8_t *wq = q + (size_t)i * (size_t)w->cols + group * GROUP;
+                _mm_prefetch((const char *)(wq + 16 * (size_t)w->cols), _MM_HINT_T0);
+                dot[i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(),
+                                             _mm512_xor_si512(_mm512_loadu_si512(wq), sign), xq);
+            }
+            __m512i dots = _mm512_sub_epi32(NAME(sum_lanes)(dot), _mm512_set1_epi32(x->sum[group]));
+            __m512 scales = _mm512_i32gather_ps(scale_of_row, scale + group, 4);
+            sum = _mm512_add_ps(sum, _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots), scales),
+                                                   _mm512_set1_ps(x->s[group])));
+        }
+        _mm512_storeu_ps(out + row, sum);
+    }
+    NAME(single_rows)(out, w, row, last, x, 0);
+}
+
+// A panel is 32 rows turned so that a lane is a row: [group][16 steps][32 rows][4 bytes], with the
+// weights unsigned as above; and their scales, [group][32 rows]. Missing rows are zero.
+#define PANEL_ROWS 32
+
+INLINE void NAME(transpose)(__m512i v[16]) { // of 16 x 16 int32
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int k = 0; k < 2; k++) {
+            b[i + 2 * k] = _mm512_unpacklo_epi64(a[i + k], a[i + k + 2]);
+            b[i + 2 * k + 1] = _mm512_unpackhi_epi64(a[i + k], a[i + k + 2]);
+        }
+    // b[4 * i + j] holds column j of each 4 x 4 block of rows 4 * i..; its lane of 128 bits is the
+    // block
+    for (int j = 0; j < 4; j++) {
+        __m512i low = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88);
+        __m512i high = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xDD);
+        __m512i low2 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
+        __m512i high2 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xDD);
+        v[j] = _mm512_shuffle_i32x4(low, low2, 0x88);
+        v[4 + j] = _mm512_shuffle_i32x4(high, high2, 0x88);
+        v[8 + j] = _mm512_shuffle_i32x4(low, low2, 0xDD);
+        v[12 + j] = _mm512_shuffle_i32x4(high, high2, 0xDD);
+    }
+}
+
+KERNEL void NAME(pack_panel)(__m512i *panel, float *scales, const QuantizedTensor *w, int row,
+                             int rows) {
+    const __m512i sign = _mm512_set1_epi8(INT8_MIN);
+    int groups = w->cols / GROUP;
+    for (int part = 0; part < PANEL_ROWS; part += 16)
+        for (int group = 0; group < groups; group++) {
+            __m512i v[16];
+            for (int i = 0; i < 16; i++) {
+                size_t r = (size_t)(row + part + i);
+                bool there = part + i < rows;
+                v[i] = there ? _mm512_loadu_si512(w->q + r * (size_t)w->cols + group * GROUP)
+                             : _mm512_setzero_si512();
+                scales[group * PANEL_ROWS + part + i] =
+                    there ? w->s[r * (size_t)groups + (size_t)group] : 0;
+                v[i] = _mm512_xor_si512(v[i], sign);
+            }
+            NAME(transpose)(v);
+            for (int step = 0; step < 16; step++)
+                panel[(group * 16 + step) * 2 + part / 16] = v[step];
+        }
+}
+
+// A panel times a number of tokens that is known at compile time: all sums stay in registers.
+INLINE void NAME(multiply_panel)(float *out, size_t stride, const __m512i *panel,
+                                 const float *scales, int rows, int groups, const Activations *x,
+                                 int token, const int tokens) {
+    __m512 sum[6][2];
+    for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
+    for (int group = 0; group < groups; group++) {
+        size_t at = (size_t)token * (size_t)groups + (size_t)group;
+        const int8_t *xq = x->q + at * GROUP;
+        __m512i dot[6][2];
+        for (int t = 0; t < tokens; t++)
+            dot[t][0] = dot[t][1] = _mm512_set1_epi32(-x->sum[at + (size_t)(t * groups)]);
+        for (int step = 0; step < 16; step++, panel += 2)
+            for (int t = 0; t < tokens; t++) {
+                int32_t four;
+                memcpy(&four, xq + (size_t)(t * groups) * GROUP + 4 * step, sizeof(four));
+                dot[t][0] = _mm512_dpbusd_epi32(dot[t][0], panel[0], _mm512_set1_epi32(four));
+                dot[t][1] = _mm512_dpbusd_epi32(dot[t][1], panel[1], _mm512_set1_epi32(four));
+            }
+        for (int t = 0; t < tokens; t++)
+            for (int part = 0; part < 2; part++) {
+                __m512 scale = _mm512_loadu_ps(scales + group * PANEL_ROWS + 16 * part);
+                sum[t][part] = _mm512_add_ps(
+                    sum[t][part],
+                    _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dot[t][part]), scale),
+                                  _mm512_set1_ps(x->s[at + (size_t)(t * groups)])));
+            }
+    }
+    uint32_t present = rows < PANEL_ROWS ? (1u << rows) - 1 : UINT32_MAX;
+    for (int t = 0; t < tokens; t++)
+        for (int part = 0; part < 2; part++)
+            _mm512_mask_storeu_ps(out + (size_t)(token + t) * stride + 16 * part,
+                                  (__mmask16)(present >> (16 * part)), sum[t][part]);
+}
+
+KERNEL void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, int first, int last,
+                              const Activations *x, int n) {
+    int groups = w->cols / GROUP;
+    __m512i panel[groups * 32];
+    float scales[groups * PANEL_ROWS];
+    for (int row = first; row < last; row += PANEL_ROWS) {
+        int rows = last - row < PANEL_ROWS ? last - row : PANEL_ROWS;
+        NAME(pack_panel)(panel, scales, w, row, rows);
+        for (int token = 0; token < n; token += 6) {
+#define MULTIPLY(tokens)                                                                           \
+    NAME(multiply_panel)(out + row, (size_t)w->rows, panel, scales, rows, groups, x, token, tokens)
+            switch (n - token) {
+            case 1: MULTIPLY(1); break;
+            case 2: MULTIPLY(2); break;
+            case 3: MULTIPLY(3); break;
+            case 4: MULTIPLY(4); break;
+            case 5: MULTIPLY(5); break;
+            default: MULTIPLY(6);
+            }
+#undef MULTIPLY
+        }
+    }
+}
+#undef PANEL_ROWS
+
+#else
+
+KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, int first, int last,
+                              const Activations *x) {
+    NAME(single_rows)(out, w, first, last, x, 0);
+}
+
+KERNEL void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, int first, int last,
+                              const Activations *x, int n) {
+    for (int row = first; row < last; row += 16)
+        for (int token = 0; token < n; token++)
+            NAME(single_rows)(out, w, row, row + 16 < last ? row + 16 : last, x, token);
+}
+
+#endif
+
+#define TEXT(name) #name
+#define QUOTED(isa) TEXT(isa)
+static const Kernels NAME(kernels) = {
+    QUOTED(ISA), NAME(quantize), NAME(mat_vec_mul), NAME(mat_mat_mul),
+    NAME(score), NAME(mix),      NAME(exp_minus),   NAME(maximum),
+};
+
+#undef JOIN
+#undef NAMED
+#undef NAME
+#undef KERNEL
+#undef INLINE
+#undef VECTOR
+#undef floats
+#undef ints
+#undef bytes
+#undef half
+#undef doubles
+#undef longs
+#undef LOAD
+#undef STORE
+#undef SELECT
+#undef TEXT
+#undef QUOTED
+#undef ISA
+#undef ISA_AVX2
+#undef ISA_AVX512
+#undef LANES
+#undef VECTORS
+#undef TARGET
+#endif // MODEL_H

@@ -1,0 +1,594 @@
+// The oracle: SmolLM's arithmetic, sampler and tokenizer merges in the plainest form that computes
+// them. Every loop runs in the order in which the recipe adds, one number at a time; nothing is
+// shared with the engine, and nothing here is fast. What the engine computes, with whatever
+// instruction set, number of threads or batch, must equal this to the last bit.
+//
+// Every function is `static inline`, so that a test may use a few of them without a warning about
+// the rest. Out of memory ends the program: this is for tests only.
+
+#ifndef ORACLE_H
+#define ORACLE_H
+
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+// A product and a sum are rounded one by one: a fused multiply-add would change the bits.
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+#define ORACLE_GROUP 64 // weights, or activations, that share a scale
+
+static inline void *oracle_alloc(size_t count, size_t size) {
+    void *memory = calloc(count ? count : 1, size);
+    if (!memory) {
+        fprintf(stderr, "oracle: out of memory\n");
+        abort();
+    }
+    return memory;
+}
+
+// 64-bit FNV-1a, by which tests pin long rows of numbers
+static inline uint64_t oracle_fnv1a(const void *data, size_t size) {
+    const unsigned char *bytes = data;
+    uint64_t hash = 0xcbf29ce484222325;
+    for (size_t i = 0; i < size; i++) hash = (hash ^ bytes[i]) * 0x100000001b3;
+    return hash;
+}
+
+// -------------------------------------------------------------------------------------------------
+// Elementary functions: what libm rounds differently from machine to machine is defined here
+
+// The bits of 2^(i/32), correctly rounded to double, minus i << 47: adding k << 47 for any k that
+// is i modulo 32 puts k / 32, rounded down, into the exponent. glibc's __exp2f_data is the same.
+static const uint64_t oracle_exp_table[32] = {
+    0x3ff0000000000000, 0x3fefd9b0d3158574, 0x3fefb5586cf9890f, 0x3fef9301d0125b51,
+    0x3fef72b83c7d517b, 0x3fef54873168b9aa, 0x3fef387a6e756238, 0x3fef1e9df51fdee1,
+    0x3fef06fe0a31b715, 0x3feef1a7373aa9cb, 0x3feedea64c123422, 0x3feece086061892d,
+    0x3feebfdad5362a27, 0x3feeb42b569d4f82, 0x3feeab07dd485429, 0x3feea47eb03a5585,
+    0x3feea09e667f3bcd, 0x3fee9f75e8ec5f74, 0x3feea11473eb0187, 0x3feea589994cce13,
+    0x3feeace5422aa0db, 0x3feeb737b0cdc5e5, 0x3feec49182a3f090, 0x3feed503b23e255d,
+    0x3feee89f995ad3ad, 0x3feeff76f2fb5e47, 0x3fef199bdd85529c, 0x3fef3720dcef9069,
+    0x3fef5818dcfba487, 0x3fef7c97337b9b5f, 0x3fefa4afa2a490da, 0x3fefd0765b6e4540,
+};
+
+// e^x = 2^(k/32) * 2^(r/32) with k whole and |r| <= 1/2: a table and a cubic in r, all in double
+static inline float oracle_expf(float x) {
+    const double c0 = 0x1.c6af84b912394p-5 / 32768;
+    const double c1 = 0x1.ebfce50fac4f3p-3 / 1024;
+    const double c2 = 0x1.62e42ff0c52d6p-1 / 32;
+    if (x > 0x1.62e42ep6f) return INFINITY;
+    if (x < -0x1.9fe368p6f) return 0.0f;
+
+    double z = (double)x * 0x1.71547652b82fep+5; // x * 32 / ln 2
+    double k = z + 0x1.8p52;                     // rounds z: k's low bits are a whole number
+    double r = z - (k - 0x1.8p52);
+    uint64_t k_bits, s_bits;
+    memcpy(&k_bits, &k, sizeof k_bits);
+    s_bits = oracle_exp_table[k_bits % 32] + (k_bits << 47);
+    double s;
+    memcpy(&s, &s_bits, sizeof s);
+    return (float)(((c0 * r + c1) * (r * r) + (c2 * r + 1)) * s);
+}
+
+// Cosine and sine of the angle by which pair i of a head is turned at position pos. Taken in
+// double and rounded once, so that libm's last bit does not matter.
+static inline void oracle_rope(int pos, int i, int head_size, float *c, float *s) {
+    float exponent = (float)(2 * i) / (float)head_size;
+    float frequency = 1.0f / (float)pow(10000.0, (double)exponent);
+    float angle = (float)pos * frequency;
+    *c = (float)cos((double)angle);
+    *s = (float)sin((double)angle);
+}
+
+// -------------------------------------------------------------------------------------------------
+// Kernels
+
+// x[n] as int8 q[n] and scale[n / 64]. fminf and fmaxf keep the conversion to an integer defined
+// even for activations that are not finite; their logits are rejected in the end.
+static inline void oracle_quantize(const float *x, int n, int8_t *q, float *scale) {
+    for (int g = 0; g < n / ORACLE_GROUP; g++) {
+        const float *group = x + g * ORACLE_GROUP;
+        float largest = 0.0f;
+        for (int i = 0; i < ORACLE_GROUP; i++) largest = fmaxf(largest, fabsf(group[i]));
+        scale[g] = largest / 127.0f;
+        for (int i = 0; i < ORACLE_GROUP; i++) {
+            float rounded = scale[g] == 0.0f ? 0.0f : roundf(group[i] / scale[g]);
+            q[g * ORACLE_GROUP + i] = (int8_t)fmaxf(-127.0f, fminf(127.0f, rounded));
+        }
+    }
+}
+
+// The dot product of one group, exact
+static inline int32_t oracle_dot(const int8_t *a, const int8_t *b) {
+    int32_t sum = 0;
+    for (int i = 0; i < ORACLE_GROUP; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+// out[rows] = W x, with W as q[rows][cols] and scale[rows][cols / 64], x as xq[cols] and
+// xscale[cols / 64]
+static inline void oracle_matvec(float *out, const int8_t *q, const float *scale, int rows,
+                                 int cols, const int8_t *xq, const float *xscale) {
+    int groups = cols / ORACLE_GROUP;
+    for (int row = 0; row < rows; row++) {
+        const int8_t *row_q = q + (size_t)row * cols;
+        const float *row_scale = scale + (size_t)row * groups;
+        float acc = 0.0f;
+        for (int g = 0; g < groups; g++) {
+            int32_t dot = oracle_dot(row_q + g * ORACLE_GROUP, xq + g * ORACLE_GROUP);
+            acc = acc + ((float)dot * row_scale[g]) * xscale[g];
+        }
+        out[row] = acc;
+    }
+}
+
+// out may be x
+static inline void oracle_rmsnorm(float *out, const float *x, const float *weight, int n) {
+    float sum = 0.0f;
+    for (int i = 0; i < n; i++) sum += x[i] * x[i];
+    float s = 1.0f / sqrtf(sum / (float)n + 1e-5f);
+    for (int i = 0; i < n; i++) out[i] = weight[i] * (s * x[i]);
+}
+
+static inline void oracle_softmax(float *x, int n) {
+    float largest = x[0];
+    for (int i = 1; i < n; i++)
+        if (x[i] > largest) largest = x[i];
+    float sum = 0.0f;
+    for (int i = 0; i < n; i++) {
+        x[i] = oracle_expf(x[i] - largest);
+        sum += x[i];
+    }
+    for (int i = 0; i < n; i++) x[i] = x[i] / sum;
+}
+
+// gate[n] = silu(gate) * up
+static inline void oracle_swiglu(float *gate, const float *up, int n) {
+    for (int i = 0; i < n; i++) {
+        float h = gate[i];
+        gate[i] = (h * (1.0f / (1.0f + oracle_expf(-h)))) * up[i];
+    }
+}
+
+// Turns the pairs (2i, 2i+1) of one head, in place
+static inline void oracle_rotate(float *head, int pos, int head_size) {
+    for (int i = 0; i < head_size / 2; i++) {
+        float c, s;
+        oracle_rope(pos, i, head_size, &c, &s);
+        float a = head[2 * i], b = head[2 * i + 1];
+        head[2 * i] = a * c - b * s;
+        head[2 * i + 1] = a * s + b * c;
+    }
+}
+
+// One head over `steps` time steps: out[head_size] from q[head_size], keys[steps][head_size] and
+// values[steps][head_size]. key_stride and value_stride are the floats from one step to the next.
+// weights[steps] receives the softmax.
+static inline void oracle_attention(float *out, const float *q, const float *keys,
+                                    size_t key_stride, const float *values, size_t value_stride,
+                                    int steps, int head_size, float *weights) {
+    for (int t = 0; t < steps; t++) {
+        const float *k = keys + t * key_stride;
+        float score = 0.0f;
+        for (int i = 0; i < head_size; i++) score += q[i] * k[i];
+        weights[t] = score / sqrtf((float)head_size);
+    }
+    oracle_softmax(weights, steps);
+    for (int i = 0; i < head_size; i++) {
+        out[i] = 0.0f;
+        for (int t = 0; t < steps; t++) out[i] += weights[t] * values[t * value_stride + i];
+    }
+}
+
+// -------------------------------------------------------------------------------------------------
+// The model: llama2.c's int8 checkpoint, version 2, read whole into memory
+
+typedef struct {
+    const int8_t *q;    // [rows][cols]
+    const float *scale; // [rows][cols / 64]
+    int rows, cols;
+} OracleTensor;
+
+typedef struct {
+    const float *rms_att; // [dim]
+    const float *rms_ffn; // [dim]
+    OracleTensor wq;      // [dim][dim]
+    OracleTensor wk, wv;  // [kv_dim][dim]
+    OracleTensor wo;      // [dim][dim]
+    OracleTensor w1, w3;  // [hidden_dim][dim], gate and up
+    OracleTensor w2;      // [dim][hidden_dim], down
+} OracleLayer;
+
+typedef struct {
+    int32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len;
+} OracleShape; // seven int32, in the order of the header
+
+typedef struct {
+    OracleShape shape;
+    int head_size, kv_dim;
+    char *file;                         // the checkpoint's bytes, to which all weights point
+    const float *rms_final;             // [dim]
+    OracleTensor embedding, classifier; // [vocab_size][dim]
+    OracleLayer *layers;                // [n_layers]
+
+    float *keys, *values;    // [n_layers][seq_len][kv_dim]
+    float *x, *normed, *out; // [dim]
+    float *q, *heads;        // [dim], that is [n_heads][head_size]
+    float *gate, *up;        // [hidden_dim]
+    float *weights;          // [seq_len]
+    float *logits;           // [vocab_size]
+    int8_t *xq;              // [max(dim, hidden_dim)]
+    float *xscale;           // [max(dim, hidden_dim) / 64]
+} OracleModel;
+
+static inline char *oracle_read_file(const char *path, size_t *size) {
+    FILE *f = fopen(path, "rb");
+    if (!f) return NULL;
+    char *bytes = NULL;
+    long length = fseek(f, 0, SEEK_END) == 0 ? ftell(f) : -1;
+    if (length >= 0 && fseek(f, 0, SEEK_SET) == 0) {
+        bytes = oracle_alloc((size_t)length, 1);
+        *size = (size_t)length;
+        if (fread(bytes, 1, *size, f) != *size) {
+            free(bytes);
+            bytes = NULL;
+        }
+    }
+    fclose(f);
+    return bytes;
+}
+
+static inline const float *oracle_take_floats(const char **at, size_t count) {
+    const float *floats = (const float *)*at;
+    *at += count * sizeof(float);
+    return floats;
+}
+
+// Aligned for floats whenever *at is: a tensor's size is a multiple of 64
+static inline OracleTensor oracle_take_tensor(const char **at, int rows, int cols) {
+    size_t size = (size_t)rows * (size_t)cols;
+    OracleTensor tensor = {.q = (const int8_t *)*at, .rows = rows, .cols = cols};
+    *at += size;
+    tensor.scale = oracle_take_floats(at, size / ORACLE_GROUP);
+    return tensor;
+}
+
+// Points the weights into the file; returns the end of what they cover
+static inline const char *oracle_map_weights(OracleModel *m, int shared_classifier) {
+    const OracleShape *p = &m->shape;
+    OracleLayer *layer = m->layers;
+    const char *at = m->file + 256;
+    for (int l = 0; l < p->n_layers; l++) layer[l].rms_att = oracle_take_floats(&at, p->dim);
+    for (int l = 0; l < p->n_layers; l++) layer[l].rms_ffn = oracle_take_floats(&at, p->dim);
+    m->rms_final = oracle_take_floats(&at, p->dim);
+    m->embedding = oracle_take_tensor(&at, p->vocab_size, p->dim);
+    for (int l = 0; l < p->n_layers; l++) layer[l].wq = oracle_take_tensor(&at, p->dim, p->dim);
+    for (int l = 0; l < p->n_layers; l++) layer[l].wk = oracle_take_tensor(&at, m->kv_dim, p->dim);
+    for (int l = 0; l < p->n_layers; l++) layer[l].wv = oracle_take_tensor(&at, m->kv_dim, p->dim);
+    for (int l = 0; l < p->n_layers; l++) layer[l].wo = oracle_take_tensor(&at, p->dim, p->dim);
+    for (int l = 0; l < p->n_layers; l++)
+        layer[l].w1 = oracle_take_tensor(&at, p->hidden_dim, p->dim);
+    for (int l = 0; l < p->n_layers; l++)
+        layer[l].w2 = oracle_take_tensor(&at, p->dim, p->hidden_dim);
+    for (int l = 0; l < p->n_layers; l++)
+        layer[l].w3 = oracle_take_tensor(&at, p->hidden_dim, p->dim);
+    m->classifier =
+        shared_classifier ? m->embedding : oracle_take_tensor(&at, p->vocab_size, p->dim);
+    return at;
+}
+
+static inline void oracle_alloc_state(OracleModel *m) {
+    const OracleShape *p = &m->shape;
+    size_t cache = (size_t)p->n_layers * p->seq_len * m->kv_dim;
+    size_t widest = p->dim > p->hidden_dim ? p->dim : p->hidden_dim;
+    m->keys = oracle_alloc(cache, sizeof(float));
+    m->values = oracle_alloc(cache, sizeof(float));
+    m->x = oracle_alloc(p->dim, sizeof(float));
+    m->normed = oracle_alloc(p->dim, sizeof(float));
+    m->out = oracle_alloc(p->dim, sizeof(float));
+    m->q = oracle_alloc(p->dim, sizeof(float));
+    m->heads = oracle_alloc(p->dim, sizeof(float));
+    m->gate = oracle_alloc(p->hidden_dim, sizeof(float));
+    m->up = oracle_alloc(p->hidden_dim, sizeof(float));
+    m->weights = oracle_alloc(p->seq_len, sizeof(float));
+    m->logits = oracle_alloc(p->vocab_size, sizeof(float));
+    m->xq = oracle_alloc(widest, 1);
+    m->xscale = oracle_alloc(widest / ORACLE_GROUP, sizeof(float));
+}
+
+static inline void oracle_free(OracleModel *m) {
+    void *blocks[] = {m->file,   m->layers,  m->keys,   m->values, m->x,
+                      m->normed, m->out,     m->q,      m->heads,  m->gate,
+                      m->up,     m->weights, m->logits, m->xq,     m->xscale};
+    for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++) free(blocks[i]);
+    memset(m, 0, sizeof *m);
+}
+
+// 0, or -1 if the file is no such checkpoint. The header's numbers are believed as long as they are
+// of a possible kind and add up to the size of the file: the models of tests are made to be good.
+static inline int oracle_load(OracleModel *m, const char *path) {
+    size_t size;
+    memset(m, 0, sizeof *m);
+    m->file = oracle_read_file(path, &size);
+    if (!m->file || size < 256) goto bad;
+
+    uint32_t magic;
+    int32_t version, group_size;
+    OracleShape *p = &m->shape;
+    memcpy(&magic, m->file, sizeof magic);
+    memcpy(&version, m->file + 4, sizeof version);
+    memcpy(p, m->file + 8, sizeof *p);
+    memcpy(&group_size, m->file + 37, sizeof group_size);
+    if (magic != 0x616b3432 || version != 2 || group_size != ORACLE_GROUP) goto bad;
+    if (p->dim < 1 || p->hidden_dim < 1 || p->n_layers < 1 || p->n_heads < 1) goto bad;
+    if (p->n_kv_heads < 1 || p->vocab_size < 1 || p->seq_len < 1) goto bad;
+    if (p->dim % ORACLE_GROUP || p->hidden_dim % ORACLE_GROUP || p->dim % p->n_heads) goto bad;
+
+    m->head_size = p->dim / p->n_heads;
+    m->kv_dim = m->head_size * p->n_kv_heads;
+    m->layers = oracle_alloc(p->n_layers, sizeof *m->layers);
+    if (oracle_map_weights(m, m->file[36]) != m->file + size) goto bad;
+    oracle_alloc_state(m);
+    return 0;
+
+bad:
+    oracle_free(m);
+    return -1;
+}
+
+// -------------------------------------------------------------------------------------------------
+// Forward: one token at one position
+
+// out = tensor * m->xq
+static inline void oracle_project(OracleModel *m, float *out, const OracleTensor *tensor) {
+    oracle_matvec(out, tensor->q, tensor->scale, tensor->rows, tensor->cols, m->xq, m->xscale);
+}
+
+static inline void oracle_add_residual(OracleModel *m) {
+    for (int i = 0; i < m->shape.dim; i++) m->x[i] = m->x[i] + m->out[i];
+}
+
+static inline void oracle_attention_block(OracleModel *m, int l, int pos) {
+    const OracleShape *p = &m->shape;
+    const OracleLayer *layer = &m->layers[l];
+    float *keys = m->keys + (size_t)l * p->seq_len * m->kv_dim;
+    float *values = m->values + (size_t)l * p->seq_len * m->kv_dim;
+    float *key = keys + (size_t)pos * m->kv_dim;
+    int heads_per_kv_head = p->n_heads / p->n_kv_heads;
+
+    oracle_rmsnorm(m->normed, m->x, layer->rms_att, p->dim);
+    oracle_quantize(m->normed, p->dim, m->xq, m->xscale);
+    oracle_project(m, m->q, &layer->wq);
+    oracle_project(m, key, &layer->wk);
+    oracle_project(m, values + (size_t)pos * m->kv_dim, &layer->wv);
+    for (int h = 0; h < p->n_heads; h++) oracle_rotate(m->q + h * m->head_size, pos, m->head_size);
+    for (int h = 0; h < p->n_kv_heads; h++)
+        oracle_rotate(key + h * m->head_size, pos, m->head_size);
+    for (int h = 0; h < p->n_heads; h++) {
+        int kv_offset = h / heads_per_kv_head * m->head_size;
+        oracle_attention(m->heads + h * m->head_size, m->q + h * m->head_size, keys + kv_offset,
+                         m->kv_dim, values + kv_offset, m->kv_dim, pos + 1, m->head_size,
+                         m->weights);
+    }
+    oracle_quantize(m->heads, p->dim, m->xq, m->xscale);
+    oracle_project(m, m->out, &layer->wo);
+    oracle_add_residual(m);
+}
+
+static inline void oracle_ffn_block(OracleModel *m, int l) {
+    const OracleShape *p = &m->shape;
+    const OracleLayer *layer = &m->layers[l];
+    oracle_rmsnorm(m->normed, m->x, layer->rms_ffn, p->dim);
+    oracle_quantize(m->normed, p->dim, m->xq, m->xscale);
+    oracle_project(m, m->gate, &layer->w1);
+    oracle_project(m, m->up, &layer->w3);
+    oracle_swiglu(m->gate, m->up, p->hidden_dim);
+    oracle_quantize(m->gate, p->hidden_dim, m->xq, m->xscale);
+    oracle_project(m, m->out, &layer->w2);
+    oracle_add_residual(m);
+}
+
+// The logits [vocab_size] after token at position pos; positions 0..pos-1 have been computed.
+// 0 <= token < vocab_size and 0 <= pos < seq_len.
+static inline float *oracle_forward(OracleModel *m, int token, int pos) {
+    const OracleShape *p = &m->shape;
+    size_t start = (size_t)token * p->dim;
+    for (int i = 0; i < p->dim; i++)
+        m->x[i] = (float)m->embedding.q[start + i] * m->embedding.scale[(start + i) / ORACLE_GROUP];
+    for (int l = 0; l < p->n_layers; l++) {
+        oracle_attention_block(m, l, pos);
+        oracle_ffn_block(m, l);
+    }
+    oracle_rmsnorm(m->normed, m->x, m->rms_final, p->dim);
+    oracle_quantize(m->normed, p->dim, m->xq, m->xscale);
+    oracle_project(m, m->logits, &m->classifier);
+    return m->logits;
+}
+
+// -------------------------------------------------------------------------------------------------
+// Sampler
+
+typedef struct {
+    float temperature, top_p;
+    uint64_t state; // of xorshift64*; the seed, at first
+} OracleSampler;
+
+typedef struct {
+    float p;
+    int id;
+} OracleCandidate;
+
+static inline uint32_t oracle_random_u32(uint64_t *state) {
+    *state ^= *state >> 12;
+    *state ^= *state << 25;
+    *state ^= *state >> 27;
+    return (uint32_t)((*state * 0x2545F4914F6CDD1D) >> 32);
+}
+
+static inline int oracle_first_maximum(const float *x, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (x[i] > x[best]) best = i;
+    return best;
+}
+
+// Falling probability, then rising id: no two candidates are equal, so any sort gives one order
+static inline int oracle_compare_candidates(const void *left, const void *right) {
+    const OracleCandidate *a = left, *b = right;
+    if (a->p != b->p) return a->p > b->p ? -1 : 1;
+    return a->id < b->id ? -1 : 1;
+}
+
+// Picks from the shortest head of the sorted candidates whose sum exceeds top_p
+static inline int oracle_pick(const OracleCandidate *sorted, int n, float top_p, float coin) {
+    float sum = 0.0f;
+    int kept = 0;
+    while (kept < n && !(sum > top_p)) sum += sorted[kept++].p;
+    float target = coin * sum, reached = 0.0f;
+    for (int i = 0; i < kept; i++) {
+        reached += sorted[i].p;
+        if (target < reached) return sorted[i].id;
+    }
+    return sorted[kept - 1].id; // where coin * sum was rounded up to sum
+}
+
+static inline int oracle_sample(OracleSampler *sampler, const float *logits, int vocab) {
+    if (sampler->temperature == 0.0f) return oracle_first_maximum(logits, vocab);
+
+    float *p = oracle_alloc(vocab, sizeof *p);
+    OracleCandidate *candidates = oracle_alloc(vocab, sizeof *candidates);
+    for (int i = 0; i < vocab; i++) p[i] = logits[i] / sampler->temperature;
+    oracle_softmax(p, vocab);
+
+    float coin = (float)(oracle_random_u32(&sampler->state) >> 8) / 16777216.0f; // 2^24
+    float cutoff = (1.0f - sampler->top_p) / (float)(vocab - 1);
+    int kept = 0;
+    for (int i = 0; i < vocab; i++)
+        if (p[i] >= cutoff) candidates[kept++] = (OracleCandidate){p[i], i};
+    qsort(candidates, kept, sizeof *candidates, oracle_compare_candidates);
+    int id =
+        kept ? oracle_pick(candidates, kept, sampler->top_p, coin) : oracle_first_maximum(p, vocab);
+    free(p);
+    free(candidates);
+    return id;
+}
+
+// -------------------------------------------------------------------------------------------------
+// Tokenizer: the merges within one piece of text
+
+typedef struct {
+    const char *text; // [length], not terminated: a token may hold any byte
+    int length, id;
+    float score;
+} OracleToken;
+
+typedef struct {
+    int size;
+    OracleToken *tokens; // [size], by id
+    OracleToken *sorted; // [size], by text, then by id
+    char *file;          // tokenizer.bin's bytes, to which the texts point
+} OracleVocab;
+
+// memcmp's order; of two texts of which one begins with the other, the shorter comes first
+static inline int oracle_compare_text(const void *left, const void *right) {
+    const OracleToken *a = left, *b = right;
+    int order = memcmp(a->text, b->text, a->length < b->length ? a->length : b->length);
+    return order ? order : a->length - b->length;
+}
+
+static inline int oracle_compare_token(const void *left, const void *right) {
+    const OracleToken *a = left, *b = right;
+    int order = oracle_compare_text(a, b);
+    return order ? order : a->id - b->id;
+}
+
+static inline void oracle_free_vocab(OracleVocab *v) {
+    free(v->tokens);
+    free(v->sorted);
+    free(v->file);
+    memset(v, 0, sizeof *v);
+}
+
+// int32 max_token_length, then for each id float32 score, int32 length and the text. 0, or -1 if
+// the file does not hold exactly `size` tokens.
+static inline int oracle_load_vocab(OracleVocab *v, const char *path, int size) {
+    size_t file_size;
+    memset(v, 0, sizeof *v);
+    v->file = oracle_read_file(path, &file_size);
+    if (!v->file) return -1;
+    v->size = size;
+    v->tokens = oracle_alloc(size, sizeof *v->tokens);
+    v->sorted = oracle_alloc(size, sizeof *v->sorted);
+
+    size_t at = 4;
+    for (int id = 0; id < size; id++) {
+        OracleToken *token = &v->tokens[id];
+        if (at + 8 > file_size) goto bad;
+        token->id = id;
+        memcpy(&token->score, v->file + at, 4);
+        memcpy(&token->length, v->file + at + 4, 4);
+        token->text = v->file + at + 8;
+        at += 8;
+        if (token->length < 0 || (size_t)token->length > file_size - at) goto bad;
+        at += (size_t)token->length;
+    }
+    if (at != file_size) goto bad;
+    memcpy(v->sorted, v->tokens, (size_t)size * sizeof *v->tokens);
+    qsort(v->sorted, size, sizeof *v->sorted, oracle_compare_token);
+    return 0;
+
+bad:
+    oracle_free_vocab(v);
+    return -1;
+}
+
+// The token that spells these bytes, the one of lowest id if there are several; NULL if none does
+static inline const OracleToken *oracle_find_token(const OracleVocab *v, const char *text,
+                                                   int length) {
+    OracleToken wanted = {.text = text, .length = length};
+    const OracleToken *found =
+        bsearch(&wanted, v->sorted, v->size, sizeof *v->sorted, oracle_compare_text);
+    while (found && found > v->sorted && oracle_compare_text(found - 1, &wanted) == 0) found--;
+    return found;
+}
+
+// The ids [up to n] of one piece of text of n bytes; returns their number. In each round the best
+// of all adjacent pairs is looked for from scratch: quadratic, and nothing to get wrong.
+static inline int oracle_bpe(const OracleVocab *v, const char *piece, int n, int *ids) {
+    char *text = oracle_alloc(n, 1); // the bytes that are tokens: what the ids spell, end to end
+    int count = 0;
+    for (int i = 0; i < n; i++) {
+        const OracleToken *byte = oracle_find_token(v, &piece[i], 1);
+        if (!byte) continue;
+        text[count] = piece[i];
+        ids[count++] = byte->id;
+    }
+    for (;;) {
+        const OracleToken *best = NULL;
+        int best_at = 0;
+        const char *at = text;
+        for (int i = 0; i + 1 < count; i++) {
+            int left = v->tokens[ids[i]].length, right = v->tokens[ids[i + 1]].length;
+            const OracleToken *merged = oracle_find_token(v, at, left + right);
+            if (merged && (!best || merged->score > best->score)) {
+                best = merged;
+                best_at = i;
+            }
+            at += left;
+        }
+        if (!best) break;
+        ids[best_at] = best->id;
+        count--;
+        memmove(&ids[best_at + 1], &ids[best_at + 2], (count - best_at - 1) * sizeof *ids);
+    }
+    free(text);
+    return count;
+}
+
+#endif

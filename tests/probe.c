@@ -1,0 +1,360 @@
+// probe.c - an engine opened up for the tests: what test_numbers.py and test_tokenizer.py call and
+// compare with the golden data, and the checks of every fast path against the plain recipe of
+// oracle.h.
+//
+// With -DENGINE='"../parallel.c"' it opens that engine. THREADS in the environment is its thread
+// count.
+#define main engine_main
+#ifndef ENGINE
+#define ENGINE "../inference.c"
+#endif
+#include ENGINE
+#undef main
+#include "oracle.h"
+
+static void start_engine_threads(void) {
+#ifdef PARALLEL
+    const char *threads = getenv("THREADS");
+    if (init_thr_pool(threads ? atoi(threads) : 1) < 0) exit(1);
+#endif
+}
+
+static void end_engine_threads(void) {
+#ifdef PARALLEL
+    close_thr_pool();
+#endif
+}
+
+_Noreturn static void fail(const char *what) {
+    fprintf(stderr, "%s\n", what);
+    exit(1);
+}
+
+static uint64_t hash_logits(const float *logits, int vocab_size) {
+    return oracle_fnv1a(logits, (size_t)vocab_size * sizeof(float));
+}
+
+// ------------------------------------------------------------------------------------------------
+// Golden cases: golden MODEL SEED TEMPERATURE TOP_P SAMPLES BATCH TOKEN...
+//
+// Feeds the tokens in passes of BATCH, printing the hash of the logits after each, then the first
+// four logits, the samples, and the hash after the last sample.
+
+static void golden(char **arguments, int count) {
+    Transformer t;
+    Sampler sampler;
+    if (count < 7 || build_transformer(&t, arguments[0]) < 0) fail("golden: bad arguments");
+    start_engine_threads();
+    int vocab_size = t.config.vocab_size, samples = atoi(arguments[4]), batch = atoi(arguments[5]);
+    build_sampler(&sampler, vocab_size, strtof(arguments[2], NULL), strtof(arguments[3], NULL),
+                  strtoull(arguments[1], NULL, 10));
+    int n = count - 6, *tokens = calloc((size_t)n, sizeof(int));
+    for (int i = 0; i < n; i++) tokens[i] = atoi(arguments[6 + i]);
+
+    float *logits = NULL;
+    for (int pos = 0; pos < n; pos += batch) {
+        int taken = n - pos < batch ? n - pos : batch;
+        int wanted = taken < MAX_BATCH ? taken : MAX_BATCH;
+        float *all = forward_logits(&t, tokens + pos, taken, pos, wanted);
+        for (int i = 0; i < wanted; i++) {
+            logits = all + (size_t)i * (size_t)vocab_size;
+            printf("logits %016llx\n", (unsigned long long)hash_logits(logits, vocab_size));
+        }
+    }
+    printf("first %a %a %a %a\n", logits[0], logits[1], logits[2], logits[3]);
+    for (int i = 0; i < samples; i++) {
+        int token = sample(&sampler, logits);
+        printf("sample %d\n", token);
+        logits = forward(&t, &token, 1, n + i);
+    }
+    printf("final %016llx\n", (unsigned long long)hash_logits(logits, vocab_size));
+    end_engine_threads();
+    free(tokens);
+    free_sampler(&sampler);
+    free_transformer(&t);
+}
+
+// ------------------------------------------------------------------------------------------------
+// The tokenizer: encode TOKENIZER VOCAB_SIZE < texts, each an int32 length and its bytes. Prints a
+// line of ids for each text.
+
+static void encode_texts(const char *path, int vocab_size) {
+    Tokenizer t;
+    if (build_tokenizer(&t, path, vocab_size) < 0) exit(1);
+    for (int32_t length; fread(&length, sizeof(length), 1, stdin) == 1;) {
+        char *text = malloc((size_t)length + 1);
+        int *ids = malloc(((size_t)length + 1) * sizeof(int));
+        if (fread(text, 1, (size_t)length, stdin) != (size_t)length) fail("encode: short text");
+        int n = encode(&t, text, (size_t)length, ids);
+        for (int i = 0; i < n; i++) printf("%d ", ids[i]);
+        puts("");
+        free(text);
+        free(ids);
+    }
+    free_tokenizer(&t);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Kernels against the oracle: kernels (of the table that KERNELS names)
+
+static uint64_t random_state = 88172645463325252ull;
+
+static float random_between(float low, float high) {
+    return low + (high - low) * random_f32(&random_state);
+}
+
+static int random_below(int n) { return (int)(random_u32(&random_state) % (uint32_t)n); }
+
+static float *random_floats(size_t n, float low, float high) {
+    float *x = oracle_alloc(n, sizeof(float));
+    for (size_t i = 0; i < n; i++) x[i] = random_between(low, high);
+    return x;
+}
+
+static void expect_same(const char *what, const void *is, const void *should_be, size_t size) {
+    if (memcmp(is, should_be, size) == 0) return;
+    fprintf(stderr, "%s: the kernel's bits are not the oracle's\n", what);
+    exit(1);
+}
+
+// One shape: rows x cols weights (-128 among them), n tokens, and a range of rows.
+static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int first, int last) {
+    size_t weights = (size_t)rows * (size_t)cols, groups = (size_t)cols / GROUP, tokens = (size_t)n;
+    int8_t *q = oracle_alloc(weights, 1);
+    for (size_t i = 0; i < weights; i++)
+        q[i] = (int8_t)(random_below(8) ? random_below(256) : -128);
+    float *s = random_floats(weights / GROUP, 1e-3f, 1e-2f);
+    float *x = random_floats(tokens * (size_t)cols, -4, 4);
+    if (random_below(2)) memset(x, 0, GROUP * sizeof(float)); // a group whose scale is 0
+    if (random_below(2)) x[cols - 1] = 1e4f;                  // and one with an outlier
+    QuantizedTensor w = {.rows = rows, .cols = cols, .q = q, .s = s};
+    Activations a = {.width = cols,
+                     .q = oracle_alloc(tokens * (size_t)cols, 1),
+                     .s = oracle_alloc(tokens * groups, sizeof(float)),
+                     .sum = oracle_alloc(tokens * groups, sizeof(int32_t))};
+    float *out = random_floats(tokens * (size_t)rows, 7, 8),
+          *expected = oracle_alloc(tokens * (size_t)rows, 4);
+    memcpy(expected, out,
+           tokens * (size_t)rows * sizeof(float)); // outside of the range nothing changes
+    int8_t *xq = oracle_alloc((size_t)cols, 1);
+    float *xs = oracle_alloc(groups, sizeof(float));
+    for (size_t token = 0; token < tokens; token++) {
+        const float *values = x + token * (size_t)cols;
+        kernels->quantize(&a, (int)token, values);
+        oracle_quantize(values, cols, xq, xs);
+        expect_same("quantize, q", a.q + token * (size_t)cols, xq, (size_t)cols);
+        expect_same("quantize, scale", a.s + token * groups, xs, groups * sizeof(float));
+        oracle_matvec(expected + token * (size_t)rows + first, q + (size_t)first * (size_t)cols,
+                      s + (size_t)first * groups, last - first, cols, xq, xs);
+    }
+    if (n == 1) kernels->mat_vec_mul(out, &w, first, last, &a);
+    else kernels->mat_mat_mul(out, &w, first, last, &a, n);
+    expect_same(n == 1 ? "mat_vec_mul" : "mat_mat_mul", out, expected,
+                tokens * (size_t)rows * sizeof(float));
+    free(q), free(s), free(x), free(a.q), free(a.s), free(a.sum), free(out), free(expected),
+        free(xq), free(xs);
+}
+
+static void check_attention(const Kernels *kernels, int heads, int head_size, int times) {
+    size_t hs = (size_t)head_size,
+           stride = ((size_t)times + TIME_ALIGN - 1) / TIME_ALIGN * TIME_ALIGN;
+    float *q = random_floats((size_t)heads * hs, -2, 2),
+          *k = random_floats((size_t)times * hs, -2, 2);
+    float *v = random_floats(stride * hs, -2, 2), *blocks = random_floats(stride * hs, -2, 2);
+    float *att = random_floats(MAX_HEADS * stride, 0, 1),
+          *out = oracle_alloc((size_t)heads * hs, 4);
+    float *expected = oracle_alloc(hs, 4), *weights = oracle_alloc((size_t)times, 4);
+    for (size_t t = 0; t < (size_t)times; t++)
+        for (size_t i = 0; i < hs; i++)
+            blocks[(t / KEY_BLOCK * hs + i) * KEY_BLOCK + t % KEY_BLOCK] = k[t * hs + i];
+    kernels->score(att, stride, q, heads, head_size, blocks, times);
+    softmax(kernels, att, stride, heads, times);
+    kernels->mix(out, att, stride, heads, head_size, v, times);
+    for (int head = 0; head < heads; head++) {
+        oracle_attention(expected, q + (size_t)head * hs, k, hs, v, hs, times, head_size, weights);
+        expect_same("score and softmax", att + (size_t)head * stride, weights, (size_t)times * 4);
+        expect_same("mix", out + (size_t)head * hs, expected, hs * 4);
+    }
+    free(q), free(k), free(v), free(blocks), free(att), free(out), free(expected), free(weights);
+}
+
+// round half away from zero, for all t = x / scale that a group with the scale 1 can hold
+static void check_rounding(const Kernels *kernels) {
+    float x[GROUP];
+    int8_t q[GROUP], expected[GROUP];
+    float s[1], scale[1];
+    int32_t sum[1];
+    Activations a = {.width = GROUP, .q = q, .s = s, .sum = sum};
+    for (uint32_t bits = 0; bits <= 0x42FE0000; bits += 37 * (GROUP - 1)) { // up to 127
+        x[0] = 127;
+        for (uint32_t i = 1; i < GROUP; i++) {
+            uint32_t this = bits + 37 * i < 0x42FE0000 ? bits + 37 * i : 0x3EFFFFFF; // 0.49999997
+            memcpy(&x[i], &this, 4);
+            if (i % 2) x[i] = -x[i];
+        }
+        kernels->quantize(&a, 0, x);
+        oracle_quantize(x, GROUP, expected, scale);
+        expect_same("rounding", q, expected, GROUP);
+    }
+    for (int half = 0; half < 127; half++) { // the halves themselves and their neighbours
+        for (int i = 1; i < GROUP; i++) {
+            float tie = (float)half + 0.5f;
+            x[i] = i % 3 == 0 ? tie : nextafterf(tie, i % 3 == 1 ? 0 : 1000);
+            if (i % 2) x[i] = -x[i];
+        }
+        kernels->quantize(&a, 0, x);
+        oracle_quantize(x, GROUP, expected, scale);
+        expect_same("rounding of halves", q, expected, GROUP);
+    }
+    for (int i = 0; i < GROUP; i++)
+        x[i] = 1.4e-45f * (float)(i * 4); // a denormal scale: q is limited
+    kernels->quantize(&a, 0, x);
+    oracle_quantize(x, GROUP, expected, scale);
+    expect_same("denormal scale", q, expected, GROUP);
+}
+
+static void check_swiglu(const Kernels *kernels, int n) {
+    float *gate = random_floats((size_t)n, -30, 30), *up = random_floats((size_t)n, -3, 3);
+    float *expected = oracle_alloc((size_t)n, 4);
+    memcpy(expected, gate, (size_t)n * 4);
+    gate[0] = expected[0] = -200; // e^200 is infinite
+    swiglu(kernels, gate, up, n);
+    oracle_swiglu(expected, up, n);
+    expect_same("swiglu", gate, expected, (size_t)n * 4);
+    free(gate), free(up), free(expected);
+}
+
+static void check_maximum(const Kernels *kernels, int n) {
+    float *x = random_floats((size_t)n, -9, -1);
+    x[random_below(n)] = -0.5f;
+    if (kernels->maximum(x, n) != -0.5f) fail("maximum: not the greatest number");
+    free(x);
+}
+
+static void check_kernels(void) {
+    const Kernels *kernels = choose_kernels();
+    if (kernels == NULL) exit(1);
+    const int rows[] = {1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 64, 100},
+              cols[] = {64, 128, 192, 576};
+    for (int r = 0; r < 12; r++)
+        for (int c = 0; c < 4; c++)
+            for (int n = 1; n <= 40; n += n < 14 ? 1 : 13) {
+                check_matrix(kernels, rows[r], cols[c], n, 0, rows[r]);
+                check_matrix(kernels, rows[r], cols[c], n, random_below(rows[r]), rows[r]);
+            }
+    for (int n = 1; n <= 40; n++) check_matrix(kernels, 35, 64, n, 3, 33);
+    check_matrix(kernels, 48, 4096, 1, 0, 48); // sums that leave 16 and 24 bits
+    check_matrix(kernels, 48, 4096, 7, 0, 48);
+    const int sizes[] = {2, 6, 8, 16, 22, 32, 48, 64, 80, 128};
+    for (int heads = 1; heads <= MAX_HEADS; heads++)
+        for (int size = 0; size < 10; size++)
+            for (int times = 1; times <= 150; times += 1 + times / 3)
+                check_attention(kernels, heads, sizes[size], times);
+    check_rounding(kernels);
+    for (int n = 1; n < 200; n++) check_swiglu(kernels, n), check_maximum(kernels, n);
+    printf("%s kernels agree with the oracle\n", kernels->name);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Smaller things
+
+// rope HEAD_SIZE: the hash of the table of positions 0..2047
+static void hash_rope(int head_size) {
+    static float table[2048 * 512];
+    State state = {0};
+    Config c = {.dim = 576,
+                .hidden_dim = 64,
+                .n_layers = 1,
+                .n_heads = 576 / head_size,
+                .n_kv_heads = 1,
+                .vocab_size = 1,
+                .seq_len = 1,
+                .head_size = head_size,
+                .kv_dim = head_size};
+    if (build_state(&state, &c) < 0) exit(1);
+    for (int pos = 0; pos < 2048; pos++)
+        rope_table(table + pos * head_size, state.frequency, head_size, pos);
+    printf("%016llx\n",
+           (unsigned long long)oracle_fnv1a(table, 2048 * (size_t)head_size * sizeof(float)));
+    munmap(state.memory, state.size);
+}
+
+// exp STEP: e^x of every STEP-th of all floats against the oracle; with STEP 1 of all 2^32, which
+// also counts how many differ from libm's expf
+static void check_exp(uint32_t step) {
+    enum { AT_A_TIME = 1000 };
+    const Kernels *kernels = choose_kernels();
+    float x[AT_A_TIME], y[AT_A_TIME];
+    unsigned long long compared = 0, wrong = 0, unlike_libm = 0;
+    for (uint64_t bits = 0; bits <= UINT32_MAX;) {
+        int n = 0;
+        for (; n < AT_A_TIME && bits <= UINT32_MAX; bits += step, n++) {
+            uint32_t this = (uint32_t)bits;
+            memcpy(&x[n], &this, 4);
+        }
+        memcpy(y, x, sizeof(y));
+        kernels->exp_minus(y, n, 0);
+        for (int i = 0; i < n; i++) {
+            float right = oracle_expf(x[i]), libm = expf(x[i]);
+            compared++;
+            if (isnan(x[i])) wrong += !isnan(y[i]);
+            else
+                wrong += memcmp(&right, &y[i], 4) != 0, unlike_libm += memcmp(&libm, &y[i], 4) != 0;
+        }
+    }
+    printf("%s: %llu floats, %llu differ from the definition, %llu from libm\n", kernels->name,
+           compared, wrong, unlike_libm);
+    if (wrong) exit(1);
+}
+
+// sample: the sampler against the oracle's full sort, on logits of many shapes
+static void check_sampler(void) {
+    const int sizes[] = {1, 2, 3, 17, 1000, 5000};
+    const float temperatures[] = {0, 0.01f, 0.6f, 1, 100}, tops[] = {0, 0.1f, 0.9f, 0.999f, 1};
+    for (int run = 0; run < 6 * 5 * 5 * 8; run++) {
+        int n = sizes[run % 6], shape = run / 150;
+        float *logits = random_floats((size_t)n, -8, 8), *copy = oracle_alloc((size_t)n, 4);
+        for (int i = 0; i < n; i++) {
+            if (shape == 1) logits[i] = 3;                         // all equal
+            if (shape == 2) logits[i] = (float)random_below(4);    // many equal
+            if (shape == 3) logits[i] = i == n / 2 ? 1000 : -1000; // one certain
+            if (shape == 4) logits[i] = -logits[i] * logits[i];    // a long tail
+        }
+        Sampler s;
+        OracleSampler oracle = {temperatures[run / 6 % 5], tops[run / 30 % 5], (uint64_t)run + 1};
+        build_sampler(&s, n, oracle.temperature, oracle.top_p, oracle.state);
+        for (int draw = 0; draw < 4; draw++) {
+            memcpy(copy, logits, (size_t)n * sizeof(float));
+            int is = sample(&s, copy), should_be = oracle_sample(&oracle, logits, n);
+            if (is == should_be) continue;
+            fprintf(stderr,
+                    "sampler: %d, but the oracle draws %d (size %d, temperature %g, top_p %g)\n",
+                    is, should_be, n, (double)oracle.temperature, (double)oracle.top_p);
+            exit(1);
+        }
+        free_sampler(&s);
+        free(logits), free(copy);
+    }
+    puts("the sampler agrees with the oracle");
+}
+
+// classes FIRST LAST: the class letter of each code point of a range, as one line
+static void print_classes(const char *path, int vocab_size) {
+    Tokenizer t;
+    if (build_tokenizer(&t, path, vocab_size) < 0) exit(1);
+    for (int code = 0; code < UNICODE_END; code++) putchar("OLNS"[t.class_of[code]]);
+    free_tokenizer(&t);
+}
+
+int main(int argc, char **argv) {
+    const char *command = argc > 1 ? argv[1] : "";
+    if (strcmp(command, "golden") == 0) golden(argv + 2, argc - 2);
+    else if (strcmp(command, "encode") == 0 && argc == 4) encode_texts(argv[2], atoi(argv[3]));
+    else if (strcmp(command, "classes") == 0 && argc == 4) print_classes(argv[2], atoi(argv[3]));
+    else if (strcmp(command, "kernels") == 0) check_kernels();
+    else if (strcmp(command, "rope") == 0 && argc == 3) hash_rope(atoi(argv[2]));
+    else if (strcmp(command, "exp") == 0 && argc == 3) check_exp((uint32_t)atoi(argv[2]));
+    else if (strcmp(command, "sampler") == 0) check_sampler();
+    else fail("Usage: probe golden|encode|classes|kernels|rope|exp|sampler ...");
+    return 0;
+}
