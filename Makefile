@@ -6,7 +6,7 @@
 CC     = gcc
 CFLAGS = -Wall -Wextra
 
-PROGRAMS = main inference
+PROGRAMS = main inference parallel
 
 all: $(PROGRAMS)
 
@@ -15,6 +15,9 @@ main: main.c common.h
 
 inference: inference.c model.h common.h
 	$(CC) $(CFLAGS) -O3 -o $@ inference.c -lm
+
+parallel: parallel.c model.h common.h
+	$(CC) $(CFLAGS) -O2 -o $@ parallel.c -lm -lpthread
 
 # ------------------------------------------------------------------------------------------------
 # The real files. Each is downloaded under another name and gets its own when it is whole.
@@ -53,10 +56,19 @@ chat: all
 test: all
 	python3 tests/run.py
 
+# e^x of all 2^32 floats against its definition, and how many of them libm rounds otherwise
+test_exp:
+	mkdir -p tests/build
+	$(CC) $(CFLAGS) -O3 -o tests/build/probe_exp tests/probe.c -lm
+	tests/build/probe_exp exp 1
+
+bench: all
+	python3 tests/bench.py
+
 clean:
 	rm -rf $(PROGRAMS) log tests/build tests/__pycache__ __pycache__
 
 clean_bin:
 	rm -f model.bin tokenizer.bin model.bin.part tokenizer.bin.part
 
-.PHONY: all prepare chat test clean clean_bin
+.PHONY: all prepare chat test test_exp bench clean clean_bin

@@ -136,6 +136,15 @@ static inline bool take_setting(Settings *settings, int option, const char *valu
     return good;
 }
 
+// Reads an engine's options; getopt(3) leaves optind at the first argument that is none. False,
+// after a complaint, at a mistake.
+static inline bool parse_settings(Settings *settings, int argc, char **argv) {
+    bool good = true;
+    for (int option; (option = getopt(argc, argv, SETTINGS_OPTIONS)) != -1;)
+        good = take_setting(settings, option, optarg) && good;
+    return good;
+}
+
 // A seed of 0 becomes one from the clock, which is told so that the reply can be had again.
 static inline void settle_seed(Settings *settings) {
     if (settings->seed != 0) return;
@@ -203,7 +212,8 @@ static inline void refuse_long_prompt(void) {
 #define FRONT_END_ENV "CHAT_FRONT_END" // the front end's pid, in the engine's environment
 
 // Answers one prompt on stdout. Returns 0, or -1 if the session can't go on; the reason is told.
-typedef int Answer(void *chat, const char *prompt, size_t length);
+typedef struct Session Session; // the engine's own
+typedef int Answer(Session *session, const char *prompt, size_t length);
 
 // An engine is main's child exactly if its parent is the one that the environment names: the
 // variable alone may be inherited by anybody whom main's child starts.
@@ -221,7 +231,7 @@ static inline void tell_front_end(void) {
 // Serves the front end: takes what is in the pipe, and when nothing is, waits for SIGUSR1, which
 // main has blocked for us so that an early bell waits, too. A line is a prompt; the end of the pipe
 // means goodbye.
-static inline int serve_front_end(Answer *answer, void *chat) {
+static inline int serve_front_end(Answer *answer, Session *session) {
     LineReader reader = {.fd = STDIN_FILENO};
     struct pollfd look = {.fd = STDIN_FILENO, .events = POLLIN};
     char prompt[MAX_PROMPT_LEN];
@@ -233,7 +243,7 @@ static inline int serve_front_end(Answer *answer, void *chat) {
         int length = next_line(&reader, prompt);
         if (length == END_OF_INPUT) return 0;
         if (length >= 0) {
-            if (answer(chat, prompt, (size_t)length) < 0) return -1;
+            if (answer(session, prompt, (size_t)length) < 0) return -1;
             // The reply is complete and flushed before main hears of it, so that the next prompt
             // mark can't overtake the text.
             tell_front_end();
@@ -246,7 +256,7 @@ static inline int serve_front_end(Answer *answer, void *chat) {
 }
 
 // Serves whoever started the engine by hand: prompts from stdin, one per line.
-static inline int serve_stdin(Answer *answer, void *chat) {
+static inline int serve_stdin(Answer *answer, Session *session) {
     LineReader reader = {.fd = STDIN_FILENO};
     char prompt[MAX_PROMPT_LEN];
     bool marks = isatty(STDIN_FILENO);
@@ -257,7 +267,7 @@ static inline int serve_stdin(Answer *answer, void *chat) {
         while ((length = next_line(&reader, prompt)) == NO_LINE_YET) fill(&reader);
         if (length == END_OF_INPUT) break;
         if (length == LINE_TOO_LONG) refuse_long_prompt();
-        else if (length > 0 && answer(chat, prompt, (size_t)length) < 0) return -1;
+        else if (length > 0 && answer(session, prompt, (size_t)length) < 0) return -1;
     }
     if (marks) fputc('\n', stdout);
     return 0;
@@ -265,13 +275,13 @@ static inline int serve_stdin(Answer *answer, void *chat) {
 
 // Answers the prompts of the command line, or else those of the front end, or else those of stdin,
 // until there are no more. Returns 0, or -1 if the session ended before that; the reason is told.
-static inline int serve(Answer *answer, void *chat, char **prompts, int count) {
-    if (count == 0 && is_child_of_front_end()) return serve_front_end(answer, chat);
-    if (count == 0) return serve_stdin(answer, chat);
+static inline int serve(Answer *answer, Session *session, char **prompts, int count) {
+    if (count == 0 && is_child_of_front_end()) return serve_front_end(answer, session);
+    if (count == 0) return serve_stdin(answer, session);
     for (int i = 0; i < count; i++) {
         size_t length = strlen(prompts[i]);
         if (length > MAX_PROMPT_LEN) refuse_long_prompt();
-        else if (answer(chat, prompts[i], length) < 0) return -1;
+        else if (answer(session, prompts[i], length) < 0) return -1;
     }
     return 0;
 }

@@ -11,10 +11,6 @@
 static void run_pass(const Pass *pass) { compute_share(pass, 0, 1); }
 static void meet(int workers) { (void)workers; }
 
-static int answer(void *session, const char *prompt, size_t length) {
-    return generate(session, prompt, length);
-}
-
 _Noreturn static void usage(const char *program) {
     fprintf(stderr,
             "Usage: %s " SETTINGS_USAGE " <seed> [\"prompt\" ...]\n" SETTINGS_HELP
@@ -26,19 +22,16 @@ _Noreturn static void usage(const char *program) {
 int main(int argc, char **argv) {
     hold_standard_files();
     Settings settings = DEFAULT_SETTINGS;
-    bool good = true;
-    for (int option; (option = getopt(argc, argv, SETTINGS_OPTIONS)) != -1;)
-        good = take_setting(&settings, option, optarg) && good;
+    if (!parse_settings(&settings, argc, argv)) usage(argv[0]);
     if (optind == argc || !parse_seed(argv[optind], &settings.seed)) {
-        complain(optind == argc ? "A seed is missing." : "The seed is not a number.");
-        good = false;
+        complain(optind == argc ? "The seed is missing." : "%s is not a seed.", argv[optind]);
+        usage(argv[0]);
     }
-    if (!good) usage(argv[0]);
     settle_seed(&settings);
 
     Session session;
     if (build_session(&session, &settings) < 0) return 1;
-    int result = serve(answer, &session, argv + optind + 1, argc - optind - 1);
+    int result = serve(generate, &session, argv + optind + 1, argc - optind - 1);
     free_session(&session);
     return result < 0 ? 1 : 0;
 }

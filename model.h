@@ -57,7 +57,7 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the files are read in
 
 // More is no model that this program is for; the limits also keep all sizes below far from
 // overflow.
-#define MAX_WIDTH 65536 // of dim and hidden_dim
+#define MAX_WIDTH 32768 // of dim and hidden_dim
 #define MAX_LAYERS 1024
 #define MAX_VOCAB (1 << 24)
 #define MAX_SEQ_LEN (1 << 20)
@@ -91,10 +91,11 @@ typedef struct {
 
 // Activations on their way into a matrix: quantized per group of 64, just as the weights.
 typedef struct {
-    int width;    // values per token
-    int8_t *q;    // [token][width], -127..127
-    float *s;     // [token][width / GROUP]
-    int32_t *sum; // [token][width / GROUP], 128 * the group's sum of q: see mat_vec_mul of AVX-512
+    int width;     // values per token
+    int8_t *q;     // [token][width], -127..127
+    int16_t *wide; // the same, for kernels that multiply numbers of 16 bits
+    float *s;      // [token][width / GROUP]
+    int32_t *sum;  // [token][width / GROUP], 128 * the group's sum of q: see mat_vec_mul of AVX-512
 } Activations;
 
 // ------------------------------------------------------------------------------------------------
@@ -165,10 +166,10 @@ typedef struct {
 #include "model.h"
 #endif
 
-// The best table for this machine, or the one that the environment variable KERNELS names, so that
-// each can be tested and measured. NULL, after a complaint, if that one cannot run here.
-static const Kernels *choose_kernels(void) {
-    const Kernels *usable[3];
+#define MAX_TABLES 3
+
+// Lists the tables that this machine can run, the best first. Returns their number.
+static int usable_kernels(const Kernels *usable[MAX_TABLES]) {
     int count = 0;
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -179,7 +180,14 @@ static const Kernels *choose_kernels(void) {
     if (__builtin_cpu_supports("avx2")) usable[count++] = &kernels_avx2;
 #endif
     usable[count++] = &kernels_portable;
+    return count;
+}
 
+// The best table, or the one that the environment variable KERNELS names, so that each can be
+// tested and measured. NULL, after a complaint, if that one cannot run here.
+static const Kernels *choose_kernels(void) {
+    const Kernels *usable[MAX_TABLES];
+    int count = usable_kernels(usable);
     const char *wanted = getenv("KERNELS");
     if (wanted == NULL || *wanted == '\0') return usable[0];
     for (int i = 0; i < count; i++)
@@ -343,6 +351,7 @@ static float *take_floats(State *s, size_t count) { return take_memory(s, count,
 static Activations take_activations(State *s, size_t tokens, int width) {
     Activations a = {.width = width};
     a.q = take_memory(s, tokens * (size_t)width, 1);
+    a.wide = take_memory(s, tokens * (size_t)width, sizeof(int16_t));
     a.s = take_floats(s, tokens * (size_t)width / GROUP);
     a.sum = take_memory(s, tokens * (size_t)width / GROUP, sizeof(int32_t));
     return a;
@@ -1176,7 +1185,7 @@ static int sample(Sampler *s, float *logits) {
 //
 //   <|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n | {reply}<|im_end|>\n
 
-typedef struct {
+struct Session {
     Transformer transformer;
     Tokenizer tokenizer;
     Sampler sampler;
@@ -1186,7 +1195,7 @@ typedef struct {
     int computed; // ... of which the first so many are in the key and value caches
     int *turns;   // [seq_len] where each turn starts in ids
     int turn_count;
-} Session;
+};
 
 // Text on its way to the user: a character's bytes wait until it is complete.
 typedef struct {
@@ -1362,12 +1371,16 @@ static int generate(Session *s, const char *prompt, size_t length) {
 typedef VECTOR(float, 4 * LANES) NAME(floats);
 typedef VECTOR(int32_t, 4 * LANES) NAME(ints);
 typedef VECTOR(int8_t, LANES) NAME(bytes);
+typedef VECTOR(int16_t, 2 * LANES) NAME(half_shorts);
+typedef VECTOR(int16_t, 4 * LANES) NAME(shorts);
 typedef VECTOR(float, 2 * LANES) NAME(half);     // half a register of floats ...
 typedef VECTOR(double, 4 * LANES) NAME(doubles); // ... and as many doubles
 typedef VECTOR(uint64_t, 4 * LANES) NAME(longs);
 #define floats NAME(floats)
 #define ints NAME(ints)
 #define bytes NAME(bytes)
+#define half_shorts NAME(half_shorts)
+#define shorts NAME(shorts)
 #define half NAME(half)
 #define doubles NAME(doubles)
 #define longs NAME(longs)
@@ -1477,6 +1490,7 @@ KERNEL void NAME(quantize)(Activations *out, int token, const float *x) {
             size = SELECT(floats, ints, size > most, most, size);
             ints q = __builtin_convertvector((floats)((ints)size | signs), ints);
             STORE(bytes, out->q + at * GROUP + i, __builtin_convertvector(q, bytes));
+            STORE(half_shorts, out->wide + at * GROUP + i, __builtin_convertvector(q, half_shorts));
             sum += q;
         }
         int32_t total = 0;
@@ -1563,196 +1577,287 @@ KERNEL void NAME(mix)(float *out, const float *weight, size_t stride, int heads,
     }
 }
 
-// What the rows that do not fill a block get, on every machine: one row at a time.
+// One row at a time: what remains of a matrix whose rows don't fill the last block.
 INLINE void NAME(single_rows)(float *out, const QuantizedTensor *w, int first, int last,
                               const Activations *x, int token) {
     int groups = w->cols / GROUP;
+    const int8_t *xq = x->q + (size_t)token * (size_t)w->cols;
+    const float *xs = x->s + (size_t)token * (size_t)groups;
     for (int row = first; row < last; row++) {
         const int8_t *q = w->q + (size_t)row * (size_t)w->cols;
-        const int8_t *xq = x->q + (size_t)token * (size_t)w->cols;
+        const float *scale = w->s + (size_t)row * (size_t)groups;
         float sum = 0;
         for (int group = 0; group < groups; group++) {
             int32_t dot = 0;
-            for (int i = 0; i < GROUP; i++) dot += q[group * GROUP + i] * xq[group * GROUP + i];
-            sum = sum + ((float)dot * w->s[(size_t)row * (size_t)groups + (size_t)group]) *
-                            x->s[(size_t)token * (size_t)groups + (size_t)group];
+            for (int i = group * GROUP; i < (group + 1) * GROUP; i++) dot += q[i] * xq[i];
+            sum = sum + ((float)dot * scale[group]) * xs[group];
         }
         out[(size_t)token * (size_t)w->rows + (size_t)row] = sum;
     }
 }
 
+// What the two instruction sets of x86 do differently. A step is 4 bytes of a row: 4 weights, or 2
+// of 16 bits.
 #if defined(ISA_AVX512)
 
-// The sums of the lanes of 16 vectors, as the lanes of one: a transposition that adds as it goes.
-INLINE __m512i NAME(sum_lanes)(const __m512i v[16]) {
-    __m512i pair[8], four[4], eight[2];
-    for (int i = 0; i < 8; i++)
-        pair[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]),
-                                   _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
-    for (int i = 0; i < 4; i++)
-        four[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(pair[2 * i], pair[2 * i + 1]),
-                                   _mm512_unpackhi_epi64(pair[2 * i], pair[2 * i + 1]));
-    for (int i = 0; i < 2; i++)
-        eight[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(four[2 * i], four[2 * i + 1], 0x88),
-                                    _mm512_shuffle_i32x4(four[2 * i], four[2 * i + 1], 0xDD));
-    return _mm512_add_epi32(_mm512_shuffle_i32x4(eight[0], eight[1], 0x88),
-                            _mm512_shuffle_i32x4(eight[0], eight[1], 0xDD));
+#define STEPS 16 // of a group
+#define TILE 6   // tokens at a time: their 12 integer sums and 12 float sums stay in registers
+typedef int8_t NAME(value);
+INLINE const int8_t *NAME(values_of)(const Activations *x) { return x->q; }
+
+// vpdpbusd multiplies unsigned by signed bytes and adds 4 neighbours. w XOR 0x80 is w + 128,
+// unsigned: in the end 128 * the sum of the activations has to be subtracted.
+INLINE __m256i NAME(dot_32)(__m256i w, __m256i x, __m256i sum) {
+    return _mm256_dpbusd_epi32(sum, _mm256_xor_si256(w, _mm256_set1_epi8(INT8_MIN)), x);
+}
+INLINE int32_t NAME(excess)(const Activations *x, size_t group) { return x->sum[group]; }
+
+INLINE ints NAME(load_steps)(const int8_t *w) { return LOAD(ints, w) ^ (int32_t)0x80808080; }
+INLINE ints NAME(add_step)(ints sum, ints w, ints x) {
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
 }
 
-// 16 rows at a time. vpdpbusd multiplies unsigned by signed bytes: w XOR 0x80 is w + 128, unsigned,
-// and 128 * the sum of the activations is subtracted again.
-KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, int first, int last,
-                              const Activations *x) {
-    const __m512i sign = _mm512_set1_epi8(INT8_MIN);
-    int groups = w->cols / GROUP, row = first;
-    const __m512i scale_of_row =
-        _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                           _mm512_set1_epi32(groups));
-    for (; row + 16 <= last; row += 16) {
-        const int8_t *q = w->q + (size_t)row * (size_t)w->cols;
-        const float *scale = w->s + (size_t)row * (size_t)groups;
-        __m512 sum = _mm512_setzero_ps();
-        for (int group = 0; group < groups; group++) {
-            __m512i xq = _mm512_loadu_si512(x->q + group * GROUP), dot[16];
-            for (int i = 0; i < 16; i++) {
-                const int8_t *wq = q + (size_t)i * (size_t)w->cols + group * GROUP;
-                _mm_prefetch((const char *)(wq + 16 * (size_t)w->cols), _MM_HINT_T0);
-                dot[i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(),
-                                             _mm512_xor_si512(_mm512_loadu_si512(wq), sign), xq);
-            }
-            __m512i dots = _mm512_sub_epi32(NAME(sum_lanes)(dot), _mm512_set1_epi32(x->sum[group]));
-            __m512 scales = _mm512_i32gather_ps(scale_of_row, scale + group, 4);
-            sum = _mm512_add_ps(sum, _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots), scales),
-                                                   _mm512_set1_ps(x->s[group])));
-        }
-        _mm512_storeu_ps(out + row, sum);
-    }
-    NAME(single_rows)(out, w, row, last, x, 0);
-}
-
-// A panel is 32 rows turned so that a lane is a row: [group][16 steps][32 rows][4 bytes], with the
-// weights unsigned as above; and their scales, [group][32 rows]. Missing rows are zero.
-#define PANEL_ROWS 32
-
-INLINE void NAME(transpose)(__m512i v[16]) { // of 16 x 16 int32
+INLINE void NAME(transpose)(ints rows[16]) {
     __m512i a[16], b[16];
     for (int i = 0; i < 16; i += 2) {
-        a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+        a[i] = _mm512_unpacklo_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
     }
     for (int i = 0; i < 16; i += 4)
         for (int k = 0; k < 2; k++) {
             b[i + 2 * k] = _mm512_unpacklo_epi64(a[i + k], a[i + k + 2]);
             b[i + 2 * k + 1] = _mm512_unpackhi_epi64(a[i + k], a[i + k + 2]);
         }
-    // b[4 * i + j] holds column j of each 4 x 4 block of rows 4 * i..; its lane of 128 bits is the
-    // block
+    // b[4 * i + j] holds column j of each 4 x 4 block of the rows from 4 * i on.
     for (int j = 0; j < 4; j++) {
-        __m512i low = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88);
-        __m512i high = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xDD);
-        __m512i low2 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
-        __m512i high2 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xDD);
-        v[j] = _mm512_shuffle_i32x4(low, low2, 0x88);
-        v[4 + j] = _mm512_shuffle_i32x4(high, high2, 0x88);
-        v[8 + j] = _mm512_shuffle_i32x4(low, low2, 0xDD);
-        v[12 + j] = _mm512_shuffle_i32x4(high, high2, 0xDD);
+        __m512i even = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88);
+        __m512i odd = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xDD);
+        __m512i even2 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
+        __m512i odd2 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xDD);
+        rows[j] = (ints)_mm512_shuffle_i32x4(even, even2, 0x88);
+        rows[4 + j] = (ints)_mm512_shuffle_i32x4(odd, odd2, 0x88);
+        rows[8 + j] = (ints)_mm512_shuffle_i32x4(even, even2, 0xDD);
+        rows[12 + j] = (ints)_mm512_shuffle_i32x4(odd, odd2, 0xDD);
     }
 }
 
-KERNEL void NAME(pack_panel)(__m512i *panel, float *scales, const QuantizedTensor *w, int row,
-                             int rows) {
-    const __m512i sign = _mm512_set1_epi8(INT8_MIN);
-    int groups = w->cols / GROUP;
-    for (int part = 0; part < PANEL_ROWS; part += 16)
+#elif defined(ISA_AVX2)
+
+#define STEPS 32
+#define TILE 4
+typedef int16_t NAME(value);
+INLINE const int16_t *NAME(values_of)(const Activations *x) { return x->wide; }
+
+// vpmaddubsw multiplies likewise, but adds 2 products in 16 bits. |w| is 128 at most and x with the
+// sign of w 127, so that they fit.
+INLINE __m256i NAME(dot_32)(__m256i w, __m256i x, __m256i sum) {
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+INLINE int32_t NAME(excess)(const Activations *x, size_t group) { return (void)x, (void)group, 0; }
+
+INLINE ints NAME(load_steps)(const int8_t *w) {
+    return (ints)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w));
+}
+INLINE ints NAME(add_step)(ints sum, ints w, ints x) {
+    return sum + (ints)_mm256_madd_epi16((__m256i)w, (__m256i)x);
+}
+
+INLINE void NAME(transpose)(ints rows[8]) {
+    __m256i a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_epi32((__m256i)rows[i], (__m256i)rows[i + 1]);
+        a[i + 1] = _mm256_unpackhi_epi32((__m256i)rows[i], (__m256i)rows[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int k = 0; k < 2; k++) {
+            b[i + 2 * k] = _mm256_unpacklo_epi64(a[i + k], a[i + k + 2]);
+            b[i + 2 * k + 1] = _mm256_unpackhi_epi64(a[i + k], a[i + k + 2]);
+        }
+    for (int j = 0; j < 4; j++) {
+        rows[j] = (ints)_mm256_permute2x128_si256(b[j], b[4 + j], 0x20);
+        rows[4 + j] = (ints)_mm256_permute2x128_si256(b[j], b[4 + j], 0x31);
+    }
+}
+
+#endif
+#if defined(ISA_AVX2) || defined(ISA_AVX512)
+
+// The sums of the lanes of 8 vectors, as the lanes of one: a transposition that adds as it goes.
+INLINE __m256i NAME(sum_lanes)(const __m256i v[8]) {
+    __m256i pair[4], four[2];
+    for (int i = 0; i < 4; i++)
+        pair[i] = _mm256_add_epi32(_mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]),
+                                   _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 2; i++)
+        four[i] = _mm256_add_epi32(_mm256_unpacklo_epi64(pair[2 * i], pair[2 * i + 1]),
+                                   _mm256_unpackhi_epi64(pair[2 * i], pair[2 * i + 1]));
+    return _mm256_add_epi32(_mm256_permute2x128_si256(four[0], four[1], 0x20),
+                            _mm256_permute2x128_si256(four[0], four[1], 0x31));
+}
+
+// 8 rows at a time, group by group: their integer sums end up in the lanes of one vector, and the
+// float part is done for 8 rows at once. Meanwhile the next 8 rows, which lie behind these in
+// memory, are fetched in the order of their addresses.
+KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, int first, int last,
+                              const Activations *x) {
+    int groups = w->cols / GROUP, row = first;
+    const __m256i scale_of_row =
+        _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(groups));
+    for (; row + 8 <= last; row += 8) {
+        const int8_t *q = w->q + (size_t)row * (size_t)w->cols, *next = q + 8 * (size_t)w->cols;
+        const float *scale = w->s + (size_t)row * (size_t)groups;
+        __m256 sum = _mm256_setzero_ps();
         for (int group = 0; group < groups; group++) {
-            __m512i v[16];
-            for (int i = 0; i < 16; i++) {
-                size_t r = (size_t)(row + part + i);
-                bool there = part + i < rows;
-                v[i] = there ? _mm512_loadu_si512(w->q + r * (size_t)w->cols + group * GROUP)
-                             : _mm512_setzero_si512();
-                scales[group * PANEL_ROWS + part + i] =
-                    there ? w->s[r * (size_t)groups + (size_t)group] : 0;
-                v[i] = _mm512_xor_si512(v[i], sign);
+            const __m256i *values = (const __m256i *)(x->q + group * GROUP);
+            __m256i low = _mm256_loadu_si256(values), high = _mm256_loadu_si256(values + 1), dot[8];
+            for (int i = 0; i < 8; i++, next += 64) {
+                const __m256i *wq =
+                    (const __m256i *)(q + (size_t)i * (size_t)w->cols + group * GROUP);
+                _mm_prefetch((const char *)next, _MM_HINT_T0);
+                dot[i] = NAME(dot_32)(_mm256_loadu_si256(wq), low, _mm256_setzero_si256());
+                dot[i] = NAME(dot_32)(_mm256_loadu_si256(wq + 1), high, dot[i]);
+            }
+            __m256i dots = _mm256_sub_epi32(NAME(sum_lanes)(dot),
+                                            _mm256_set1_epi32(NAME(excess)(x, (size_t)group)));
+            __m256 scales = _mm256_i32gather_ps(scale + group, scale_of_row, 4);
+            sum = _mm256_add_ps(sum, _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(dots), scales),
+                                                   _mm256_set1_ps(x->s[group])));
+        }
+        _mm256_storeu_ps(out + row, sum);
+    }
+    NAME(single_rows)(out, w, row, last, x, 0);
+}
+
+// For several tokens, 2 * LANES rows are turned into a panel once: a lane is a row there, and no
+// sums across lanes are left. panel[group][step][2] are the weights, scales[group][2 * LANES] their
+// scales. If rows are missing, the first one stands in for them.
+#define PANEL_ROWS (2 * LANES)
+
+KERNEL void NAME(pack_panel)(ints *panel, float *scales, const QuantizedTensor *w, int row,
+                             int rows) {
+    int groups = w->cols / GROUP;
+    for (int r = 0; r < PANEL_ROWS; r++) {
+        const float *s = w->s + (size_t)(row + (r < rows ? r : 0)) * (size_t)groups;
+        for (int group = 0; group < groups; group++) scales[group * PANEL_ROWS + r] = s[group];
+    }
+    for (int step = 0; step < groups * STEPS; step += LANES)
+        for (int part = 0; part < 2; part++) {
+            ints v[LANES];
+            for (int i = 0; i < LANES; i++) {
+                int r = part * LANES + i;
+                v[i] =
+                    NAME(load_steps)(w->q + (size_t)(row + (r < rows ? r : 0)) * (size_t)w->cols +
+                                     step * (GROUP / STEPS));
             }
             NAME(transpose)(v);
-            for (int step = 0; step < 16; step++)
-                panel[(group * 16 + step) * 2 + part / 16] = v[step];
+            for (int i = 0; i < LANES; i++) panel[(step + i) * 2 + part] = v[i];
         }
 }
 
-// A panel times a number of tokens that is known at compile time: all sums stay in registers.
-INLINE void NAME(multiply_panel)(float *out, size_t stride, const __m512i *panel,
-                                 const float *scales, int rows, int groups, const Activations *x,
-                                 int token, const int tokens) {
-    __m512 sum[6][2];
-    for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
+// A panel times a number of tokens, from `token` on, that is known at compile time.
+INLINE void NAME(multiply_panel)(float *out, size_t stride, const ints *panel, const float *scales,
+                                 int rows, int groups, const Activations *x, int token,
+                                 const int tokens) {
+    const ints zeros = {0};
+    floats sum[TILE][2] = {{{0}}};
     for (int group = 0; group < groups; group++) {
         size_t at = (size_t)token * (size_t)groups + (size_t)group;
-        const int8_t *xq = x->q + at * GROUP;
-        __m512i dot[6][2];
+        const NAME(value) *values = NAME(values_of)(x) + at * GROUP;
+        ints dot[TILE][2];
         for (int t = 0; t < tokens; t++)
-            dot[t][0] = dot[t][1] = _mm512_set1_epi32(-x->sum[at + (size_t)(t * groups)]);
-        for (int step = 0; step < 16; step++, panel += 2)
+            dot[t][0] = dot[t][1] = zeros - NAME(excess)(x, at + (size_t)(t * groups));
+        for (int step = 0; step < STEPS; step++, panel += 2)
             for (int t = 0; t < tokens; t++) {
-                int32_t four;
-                memcpy(&four, xq + (size_t)(t * groups) * GROUP + 4 * step, sizeof(four));
-                dot[t][0] = _mm512_dpbusd_epi32(dot[t][0], panel[0], _mm512_set1_epi32(four));
-                dot[t][1] = _mm512_dpbusd_epi32(dot[t][1], panel[1], _mm512_set1_epi32(four));
+                int32_t word;
+                memcpy(&word, values + (t * groups * STEPS + step) * (GROUP / STEPS), sizeof(word));
+                dot[t][0] = NAME(add_step)(dot[t][0], panel[0], zeros + word);
+                dot[t][1] = NAME(add_step)(dot[t][1], panel[1], zeros + word);
             }
         for (int t = 0; t < tokens; t++)
-            for (int part = 0; part < 2; part++) {
-                __m512 scale = _mm512_loadu_ps(scales + group * PANEL_ROWS + 16 * part);
-                sum[t][part] = _mm512_add_ps(
-                    sum[t][part],
-                    _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dot[t][part]), scale),
-                                  _mm512_set1_ps(x->s[at + (size_t)(t * groups)])));
-            }
+            for (int part = 0; part < 2; part++)
+                sum[t][part] =
+                    sum[t][part] + (__builtin_convertvector(dot[t][part], floats) *
+                                    LOAD(floats, scales + group * PANEL_ROWS + part * LANES)) *
+                                       x->s[at + (size_t)(t * groups)];
     }
-    uint32_t present = rows < PANEL_ROWS ? (1u << rows) - 1 : UINT32_MAX;
     for (int t = 0; t < tokens; t++)
-        for (int part = 0; part < 2; part++)
-            _mm512_mask_storeu_ps(out + (size_t)(token + t) * stride + 16 * part,
-                                  (__mmask16)(present >> (16 * part)), sum[t][part]);
+        memcpy(out + (size_t)(token + t) * stride, sum[t], (size_t)rows * sizeof(float));
 }
 
 KERNEL void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, int first, int last,
                               const Activations *x, int n) {
     int groups = w->cols / GROUP;
-    __m512i panel[groups * 32];
+    ints panel[2 * groups * STEPS];
     float scales[groups * PANEL_ROWS];
     for (int row = first; row < last; row += PANEL_ROWS) {
         int rows = last - row < PANEL_ROWS ? last - row : PANEL_ROWS;
         NAME(pack_panel)(panel, scales, w, row, rows);
-        for (int token = 0; token < n; token += 6) {
+        int token = 0;
 #define MULTIPLY(tokens)                                                                           \
     NAME(multiply_panel)(out + row, (size_t)w->rows, panel, scales, rows, groups, x, token, tokens)
-            switch (n - token) {
-            case 1: MULTIPLY(1); break;
-            case 2: MULTIPLY(2); break;
-            case 3: MULTIPLY(3); break;
-            case 4: MULTIPLY(4); break;
-            case 5: MULTIPLY(5); break;
-            default: MULTIPLY(6);
-            }
-#undef MULTIPLY
+        for (; token + TILE <= n; token += TILE) MULTIPLY(TILE);
+        switch (n - token) {
+        case 1: MULTIPLY(1); break;
+        case 2: MULTIPLY(2); break;
+        case 3: MULTIPLY(3); break;
+#if TILE > 4
+        case 4: MULTIPLY(4); break;
+        case 5: MULTIPLY(5); break;
+#endif
         }
+#undef MULTIPLY
     }
 }
+#undef STEPS
+#undef TILE
 #undef PANEL_ROWS
 
 #else
 
-KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, int first, int last,
-                              const Activations *x) {
-    NAME(single_rows)(out, w, first, last, x, 0);
+// Bytes become numbers of 16 bits where they lie: seen as such a number, a pair of bytes shifted
+// right (signs are kept) gives the odd byte, and shifted left before, the even one. A product of
+// bytes fits into 16 bits, and so does the sum of two, 2 * 128 * 127.
+INLINE void NAME(multiply_rows)(float *out, const QuantizedTensor *w, int first, int last,
+                                const Activations *x, int token) {
+    enum { PARTS = GROUP / (4 * LANES) }; // registers of a group
+    int groups = w->cols / GROUP;
+    size_t start = (size_t)token * (size_t)groups;
+    shorts even[groups * PARTS], odd[groups * PARTS];
+    for (int i = 0; i < groups * PARTS; i++) {
+        shorts pairs = LOAD(shorts, x->q + start * GROUP + (size_t)i * 4 * LANES);
+        even[i] = pairs << 8 >> 8;
+        odd[i] = pairs >> 8;
+    }
+    for (int row = first; row < last; row++) {
+        const int8_t *q = w->q + (size_t)row * (size_t)w->cols;
+        const float *scale = w->s + (size_t)row * (size_t)groups;
+        float sum = 0;
+        for (int group = 0; group < groups; group++) {
+            ints dots = {0};
+            for (int i = group * PARTS; i < (group + 1) * PARTS; i++) {
+                shorts pairs = LOAD(shorts, q + i * 4 * LANES);
+                ints twos = (ints)((pairs << 8 >> 8) * even[i] + (pairs >> 8) * odd[i]);
+                dots += (twos << 16 >> 16) + (twos >> 16);
+            }
+            int32_t dot = dots[0] + dots[1] + dots[2] + dots[3];
+            sum = sum + ((float)dot * scale[group]) * x->s[start + (size_t)group];
+        }
+        out[(size_t)token * (size_t)w->rows + (size_t)row] = sum;
+    }
 }
 
+KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, int first, int last,
+                              const Activations *x) {
+    NAME(multiply_rows)(out, w, first, last, x, 0);
+}
+
+// The tokens take turns with a few rows, which the cache holds meanwhile.
 KERNEL void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, int first, int last,
                               const Activations *x, int n) {
     for (int row = first; row < last; row += 16)
         for (int token = 0; token < n; token++)
-            NAME(single_rows)(out, w, row, row + 16 < last ? row + 16 : last, x, token);
+            NAME(multiply_rows)(out, w, row, row + 16 < last ? row + 16 : last, x, token);
 }
 
 #endif
@@ -1773,6 +1878,8 @@ static const Kernels NAME(kernels) = {
 #undef floats
 #undef ints
 #undef bytes
+#undef half_shorts
+#undef shorts
 #undef half
 #undef doubles
 #undef longs

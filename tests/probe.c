@@ -11,6 +11,7 @@
 #include ENGINE
 #undef main
 #include "oracle.h"
+#include <sys/resource.h>
 
 static void start_engine_threads(void) {
 #ifdef PARALLEL
@@ -130,6 +131,7 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
     QuantizedTensor w = {.rows = rows, .cols = cols, .q = q, .s = s};
     Activations a = {.width = cols,
                      .q = oracle_alloc(tokens * (size_t)cols, 1),
+                     .wide = oracle_alloc(tokens * (size_t)cols, sizeof(int16_t)),
                      .s = oracle_alloc(tokens * groups, sizeof(float)),
                      .sum = oracle_alloc(tokens * groups, sizeof(int32_t))};
     float *out = random_floats(tokens * (size_t)rows, 7, 8),
@@ -151,8 +153,8 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
     else kernels->mat_mat_mul(out, &w, first, last, &a, n);
     expect_same(n == 1 ? "mat_vec_mul" : "mat_mat_mul", out, expected,
                 tokens * (size_t)rows * sizeof(float));
-    free(q), free(s), free(x), free(a.q), free(a.s), free(a.sum), free(out), free(expected),
-        free(xq), free(xs);
+    free(q), free(s), free(x), free(a.q), free(a.wide), free(a.s), free(a.sum), free(out),
+        free(expected), free(xq), free(xs);
 }
 
 static void check_attention(const Kernels *kernels, int heads, int head_size, int times) {
@@ -182,9 +184,10 @@ static void check_attention(const Kernels *kernels, int heads, int head_size, in
 static void check_rounding(const Kernels *kernels) {
     float x[GROUP];
     int8_t q[GROUP], expected[GROUP];
+    int16_t wide[GROUP];
     float s[1], scale[1];
     int32_t sum[1];
-    Activations a = {.width = GROUP, .q = q, .s = s, .sum = sum};
+    Activations a = {.width = GROUP, .q = q, .wide = wide, .s = s, .sum = sum};
     for (uint32_t bits = 0; bits <= 0x42FE0000; bits += 37 * (GROUP - 1)) { // up to 127
         x[0] = 127;
         for (uint32_t i = 1; i < GROUP; i++) {
@@ -338,6 +341,34 @@ static void check_sampler(void) {
     puts("the sampler agrees with the oracle");
 }
 
+// tables: the names of the kernel tables that this machine can run, the best first
+static void print_tables(void) {
+    const Kernels *usable[MAX_TABLES];
+    int count = usable_kernels(usable);
+    for (int i = 0; i < count; i++) puts(usable[i]->name);
+}
+
+// load MODEL...: whether each is loaded or refused, with the reasons on stderr, then the peak of
+// the memory in kB. Whatever is loaded must be able to compute, which small ones show.
+static void load_models(char **paths, int count) {
+    start_engine_threads();
+    for (int i = 0; i < count; i++) {
+        Transformer t;
+        bool loaded = build_transformer(&t, paths[i]) == 0;
+        puts(loaded ? "loaded" : "refused");
+        if (loaded && t.file_size < 1 << 20) {
+            int tokens[] = {0, t.config.vocab_size - 1};
+            forward(&t, tokens, 1, 0);
+            forward(&t, tokens, t.config.seq_len > 1 ? 2 : 1, 0);
+        }
+        if (loaded) free_transformer(&t);
+    }
+    end_engine_threads();
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    printf("%ld\n", usage.ru_maxrss);
+}
+
 // classes FIRST LAST: the class letter of each code point of a range, as one line
 static void print_classes(const char *path, int vocab_size) {
     Tokenizer t;
@@ -351,10 +382,12 @@ int main(int argc, char **argv) {
     if (strcmp(command, "golden") == 0) golden(argv + 2, argc - 2);
     else if (strcmp(command, "encode") == 0 && argc == 4) encode_texts(argv[2], atoi(argv[3]));
     else if (strcmp(command, "classes") == 0 && argc == 4) print_classes(argv[2], atoi(argv[3]));
+    else if (strcmp(command, "load") == 0) load_models(argv + 2, argc - 2);
+    else if (strcmp(command, "tables") == 0) print_tables();
     else if (strcmp(command, "kernels") == 0) check_kernels();
     else if (strcmp(command, "rope") == 0 && argc == 3) hash_rope(atoi(argv[2]));
     else if (strcmp(command, "exp") == 0 && argc == 3) check_exp((uint32_t)atoi(argv[2]));
     else if (strcmp(command, "sampler") == 0) check_sampler();
-    else fail("Usage: probe golden|encode|classes|kernels|rope|exp|sampler ...");
+    else fail("Usage: probe golden|encode|classes|load|tables|kernels|rope|exp|sampler ...");
     return 0;
 }

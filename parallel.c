@@ -1,0 +1,212 @@
+// parallel.c - the engine on a pool of threads: the front end's child (main -j), or run by hand.
+//
+//     ./parallel [options] <threads> <seed> ["prompt" ...]
+//
+// To accelerate GPT and get a faster response, it is critical to have faster matrix-vector
+// multiplication and faster multi-head attention: the rows of the matrices and the heads (for a
+// prompt, the tokens) are shared out among the threads. What is computed is model.h's, the same to
+// the last bit for any number of threads. Here is only who computes, and how they wait for each
+// other.
+#define _GNU_SOURCE
+#include "common.h"
+#include "model.h"
+#include <pthread.h>
+#include <stdatomic.h>
+#include <sys/resource.h>
+
+// Looks at the other threads' progress before a waiting thread goes to sleep: some 20 microseconds,
+// less than it takes to sleep and be woken. 0 leaves all waiting to the mutex, which helgrind
+// understands.
+#ifndef SPIN
+#define SPIN 2000
+#endif
+
+// ------------------------------------------------------------------------------------------------
+// The pool
+//
+// One group of threads for everything. The calling thread hands out a pass and sleeps; so many
+// threads as there are CPUs take a place in it, walk through it together, and meet a handful of
+// times per layer. Threads that get no place sleep on: the places are given to whoever was waiting
+// longest, so with more threads than CPUs they take turns from pass to pass, instead of pushing
+// each other off the CPUs.
+
+static struct {
+    pthread_t threads[MAX_THREADS];
+    struct rusage usage[MAX_THREADS]; // of the threads that have ended
+    int size;                         // threads of the pool
+    int places;                       // threads that take part in a pass: no more than CPUs
+
+    pthread_mutex_t lock;      // guards all that follows
+    pthread_cond_t pass_given; // the threads wait here for work,
+    pthread_cond_t all_met;    // here for each other,
+    pthread_cond_t pass_done;  // and the caller here for them
+    const Pass *pass;          // what is being computed, or NULL
+    int free_places;           // in that pass, not taken yet
+    int arrived;               // threads that wait in meet()
+    atomic_uint meetings;      // how many there have been; also looked at without the lock
+    bool closing;
+} pool;
+
+static void relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+// The last one to arrive opens the door: everybody else waits for the number of meetings to change,
+// at first with his eyes open.
+static void meet(int workers) {
+    pthread_mutex_lock(&pool.lock);
+    unsigned before = pool.meetings;
+    if (++pool.arrived == workers) {
+        pool.arrived = 0;
+        pool.meetings = before + 1;
+        pthread_cond_broadcast(&pool.all_met);
+        pthread_mutex_unlock(&pool.lock);
+        return;
+    }
+    pthread_mutex_unlock(&pool.lock);
+    for (int i = 0; i < SPIN; i++) {
+        if (pool.meetings != before) return;
+        relax();
+    }
+    pthread_mutex_lock(&pool.lock);
+    while (pool.meetings == before) pthread_cond_wait(&pool.all_met, &pool.lock);
+    pthread_mutex_unlock(&pool.lock);
+}
+
+// A thread of the pool: take a place in a pass, do its share, and again.
+static void *thr_func(void *argument) {
+    struct rusage *usage = argument;
+    pthread_mutex_lock(&pool.lock);
+    for (;;) {
+        while (pool.free_places == 0 && !pool.closing)
+            pthread_cond_wait(&pool.pass_given, &pool.lock);
+        if (pool.closing) break;
+        const Pass *pass = pool.pass;
+        int worker = --pool.free_places, workers = pool.places;
+        pthread_mutex_unlock(&pool.lock);
+        compute_share(pass, worker, workers);
+        meet(workers);
+        pthread_mutex_lock(&pool.lock);
+        if (worker == 0) {
+            pool.pass = NULL;
+            pthread_cond_signal(&pool.pass_done);
+        }
+    }
+    pthread_mutex_unlock(&pool.lock);
+    getrusage(RUSAGE_THREAD, usage);
+    return NULL;
+}
+
+static void run_pass(const Pass *pass) {
+    pthread_mutex_lock(&pool.lock);
+    pool.pass = pass;
+    pool.free_places = pool.places;
+    for (int i = 0; i < pool.places; i++) pthread_cond_signal(&pool.pass_given);
+    while (pool.pass != NULL) pthread_cond_wait(&pool.pass_done, &pool.lock);
+    pthread_mutex_unlock(&pool.lock);
+}
+
+// Ends and joins all threads. pool.usage tells then what they have used.
+static void close_thr_pool(void) {
+    pthread_mutex_lock(&pool.lock);
+    pool.closing = true;
+    pthread_cond_broadcast(&pool.pass_given);
+    pthread_mutex_unlock(&pool.lock);
+    for (int i = 0; i < pool.size; i++) pthread_join(pool.threads[i], NULL);
+    pthread_mutex_destroy(&pool.lock);
+    pthread_cond_destroy(&pool.pass_given);
+    pthread_cond_destroy(&pool.all_met);
+    pthread_cond_destroy(&pool.pass_done);
+}
+
+// Creates the pool of 1..MAX_THREADS threads, which sleep until there is work. Returns 0, or -1
+// after a complaint, with none of them left.
+static int init_thr_pool(int threads) {
+    cpu_set_t cpus;
+    int usable = sched_getaffinity(0, sizeof(cpus), &cpus) == 0 ? CPU_COUNT(&cpus) : threads;
+    memset(&pool, 0, sizeof(pool));
+    pool.places = threads < usable ? threads : usable;
+    // Nobody holds the lock for longer than it takes to count, so a thread that finds it taken
+    // looks again a few times before it sleeps.
+    pthread_mutexattr_t adaptive;
+    pthread_mutexattr_init(&adaptive);
+    pthread_mutexattr_settype(&adaptive, PTHREAD_MUTEX_ADAPTIVE_NP);
+    pthread_mutex_init(&pool.lock, &adaptive);
+    pthread_mutexattr_destroy(&adaptive);
+    pthread_cond_init(&pool.pass_given, NULL);
+    pthread_cond_init(&pool.all_met, NULL);
+    pthread_cond_init(&pool.pass_done, NULL);
+    for (; pool.size < threads; pool.size++) {
+        int error =
+            pthread_create(&pool.threads[pool.size], NULL, thr_func, &pool.usage[pool.size]);
+        if (error == 0) continue;
+        complain("Thread %d of %d cannot be created: %s.", pool.size + 1, threads, strerror(error));
+        close_thr_pool();
+        return -1;
+    }
+    return 0;
+}
+
+// ------------------------------------------------------------------------------------------------
+// The program
+
+static void print_usage_of(const char *who, const struct rusage *usage) {
+    printf("%s - user: %.4f s, system: %.4f s\n", who,
+           (double)usage->ru_utime.tv_sec + 1e-6 * (double)usage->ru_utime.tv_usec,
+           (double)usage->ru_stime.tv_sec + 1e-6 * (double)usage->ru_stime.tv_usec);
+}
+
+static void print_usage(void) {
+    struct rusage usage;
+    char who[40];
+    for (int i = 0; i < pool.size; i++) {
+        snprintf(who, sizeof(who), "Thread %d has completed", i);
+        print_usage_of(who, &pool.usage[i]);
+    }
+    getrusage(RUSAGE_THREAD, &usage);
+    print_usage_of("main thread", &usage);
+    getrusage(RUSAGE_SELF, &usage);
+    print_usage_of("Whole process", &usage);
+}
+
+_Noreturn static void usage(const char *program) {
+    fprintf(stderr,
+            "Usage: %s " SETTINGS_USAGE " <threads> <seed> [\"prompt\" ...]\n" SETTINGS_HELP
+            "  threads             1 to %d\n"
+            "  prompt              answered in turn; without one, prompts are read from stdin\n",
+            program, MAX_THREADS);
+    exit(2);
+}
+
+int main(int argc, char **argv) {
+    hold_standard_files();
+    Settings settings = DEFAULT_SETTINGS;
+    long threads;
+    if (!parse_settings(&settings, argc, argv)) usage(argv[0]);
+    if (argc - optind < 2) {
+        complain("The number of threads and the seed are needed.");
+        usage(argv[0]);
+    }
+    if (!parse_integer(argv[optind], 1, MAX_THREADS, &threads)) {
+        complain("%s is not a number of threads from 1 to %d.", argv[optind], MAX_THREADS);
+        usage(argv[0]);
+    }
+    if (!parse_seed(argv[optind + 1], &settings.seed)) {
+        complain("%s is not a seed.", argv[optind + 1]);
+        usage(argv[0]);
+    }
+    settle_seed(&settings);
+
+    Session session;
+    if (build_session(&session, &settings) < 0) return 1;
+    int result = 1;
+    if (init_thr_pool((int)threads) == 0) {
+        result = serve(generate, &session, argv + optind + 2, argc - optind - 2) < 0 ? 1 : 0;
+        close_thr_pool();
+        print_usage();
+    }
+    free_session(&session);
+    return fflush(stdout) == EOF ? 1 : result;
+}

@@ -1,0 +1,185 @@
+// bench.c - what bench.py measures inside of an engine: the read bandwidth of the machine and the
+// speed of decoding and of prompts, in turn, so that what disturbs the machine disturbs all of
+// them.
+//
+//     bench MODEL RUNS           prints a line of figures per run, see main()
+//     bench --plain MODEL RUNS   seconds per token of the oracle, compiled just so: plain loops
+//     bench --tables             the kernel tables that this machine has
+//
+// The engine is inference.c's, or with -DPARALLEL parallel.c's, with THREADS threads.
+#define main engine_main
+#ifdef PARALLEL
+#include "../parallel.c"
+#else
+#include "../inference.c"
+#endif
+#undef main
+#include "oracle.h"
+#include <pthread.h>
+#include <sys/resource.h>
+
+// ------------------------------------------------------------------------------------------------
+// Read bandwidth: how fast can `threads` threads read as many bytes as a model has?
+
+#define LINE 64
+
+typedef uint64_t Words __attribute__((vector_size(16)));
+
+typedef struct {
+    const char *start;
+    size_t size;
+    int streams;
+    size_t ahead; // bytes of prefetch; 0 for none
+    uint64_t result;
+} Reading;
+
+// Reads a block as several streams side by side, which is how the hardware is at its best.
+static void *read_block(void *argument) {
+    Reading *reading = argument;
+    size_t part = reading->size / (size_t)reading->streams / LINE * LINE;
+    Words sum[4] = {{0}};
+    for (size_t at = 0; at < part; at += LINE)
+        for (int stream = 0; stream < reading->streams; stream++) {
+            const char *line = reading->start + (size_t)stream * part + at;
+            if (reading->ahead) __builtin_prefetch(line + reading->ahead);
+            for (int i = 0; i < 4; i++) sum[i] += *(const Words *)(line + i * 16);
+        }
+    Words all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    reading->result = all[0] + all[1];
+    return NULL;
+}
+
+static double time_reading(const char *memory, size_t size, int threads, int streams,
+                           size_t ahead) {
+    pthread_t others[MAX_THREADS];
+    Reading reading[MAX_THREADS];
+    size_t part = size / (size_t)threads / LINE * LINE;
+    double start = seconds();
+    for (int i = 0; i < threads; i++) {
+        reading[i] = (Reading){memory + (size_t)i * part, part, streams, ahead, 0};
+        if (i > 0) pthread_create(&others[i], NULL, read_block, &reading[i]);
+    }
+    read_block(&reading[0]);
+    for (int i = 1; i < threads; i++) pthread_join(others[i], NULL);
+    double time = seconds() - start;
+    volatile uint64_t keep = reading[0].result;
+    (void)keep;
+    return time;
+}
+
+// Bytes per second, the best of several ways.
+static double bandwidth(const char *memory, size_t size, int threads) {
+    const int streams[] = {1, 2, 4, 8};
+    const size_t ahead[] = {0, 256, 1024};
+    double best = 0;
+    for (int s = 0; s < 4; s++)
+        for (int a = 0; a < 3; a++) {
+            double rate = (double)size / time_reading(memory, size, threads, streams[s], ahead[a]);
+            if (rate > best) best = rate;
+        }
+    return best;
+}
+
+static char *huge_block(size_t size) {
+    size_t page = 2 << 20;
+    char *memory =
+        mmap(NULL, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) exit(1);
+    memory += page - (uintptr_t)memory % page;
+    madvise(memory, size, MADV_HUGEPAGE);
+    memset(memory, 1, size);
+    return memory;
+}
+
+// ------------------------------------------------------------------------------------------------
+// The engine
+
+static double cpu_seconds(struct timeval time) {
+    return (double)time.tv_sec + 1e-6 * (double)time.tv_usec;
+}
+
+// Seconds per token from a position on, the sampler included.
+static double decode(Transformer *t, Sampler *sampler, int pos, int tokens) {
+    int token = 1;
+    double start = seconds();
+    for (int i = 0; i < tokens; i++) token = sample(sampler, forward(t, &token, 1, pos + i));
+    return (seconds() - start) / tokens;
+}
+
+// Tokens per second of a prompt.
+static double digest(Transformer *t, int tokens) {
+    int ids[512];
+    for (int i = 0; i < tokens; i++) ids[i] = i * 97 % t->config.vocab_size;
+    double start = seconds();
+    forward(t, ids, tokens, 0);
+    return tokens / (seconds() - start);
+}
+
+// Caches as after a long chat, without the time that it would take.
+static void fill_caches(Transformer *t) {
+    size_t count = (size_t)t->config.n_layers * (size_t)t->config.kv_dim * t->state.times;
+    uint64_t state = 1;
+    for (size_t i = 0; i < count; i++) {
+        t->state.key_cache[i] = random_f32(&state) - 0.5f;
+        t->state.value_cache[i] = random_f32(&state) - 0.5f;
+    }
+}
+
+static int bench_plain(const char *path, int runs) {
+    OracleModel model;
+    if (oracle_load(&model, path) < 0) return 2;
+    for (int run = 0; run < runs; run++) {
+        double start = seconds();
+        for (int i = 0; i < 4; i++) oracle_forward(&model, i, 4 * run + i);
+        printf("%.6g\n", (seconds() - start) / 4);
+    }
+    oracle_free(&model);
+    return 0;
+}
+
+int main(int argc, char **argv) {
+    if (argc == 4 && strcmp(argv[1], "--plain") == 0) return bench_plain(argv[2], atoi(argv[3]));
+    if (argc == 2 && strcmp(argv[1], "--tables") == 0) {
+        const Kernels *usable[MAX_TABLES];
+        for (int i = 0, count = usable_kernels(usable); i < count; i++) puts(usable[i]->name);
+        return 0;
+    }
+    Transformer t;
+    Sampler sampler;
+    if (argc != 3 || build_transformer(&t, argv[1]) < 0) return 2;
+    build_sampler(&sampler, t.config.vocab_size, 0.6f, 0.9f, 42);
+    int threads = 1, positions[] = {100, 1000, 2000}, prompts[] = {16, 128, 512};
+#ifdef PARALLEL
+    threads = atoi(getenv("THREADS"));
+    if (init_thr_pool(threads) < 0) return 1;
+#endif
+    int cores = (int)sysconf(_SC_NPROCESSORS_ONLN), readers = threads < cores ? threads : cores;
+    char *block = huge_block(t.file_size);
+    fill_caches(&t);
+    decode(&t, &sampler, 100, 4); // warm up
+
+    for (int run = 0; run < atoi(argv[2]); run++) {
+        // bandwidth; for each position: seconds per token, bytes read per token; for each prompt
+        // length: tokens per second; user and system seconds of decoding near the first position
+        printf("%.6g", bandwidth(block, t.file_size, readers));
+        struct rusage before, after;
+        for (int i = 0; i < 3; i++) {
+            if (i == 0) getrusage(RUSAGE_SELF, &before);
+            double time = decode(&t, &sampler, positions[i], 24);
+            if (i == 0) getrusage(RUSAGE_SELF, &after);
+            double cache =
+                2.0 * t.config.n_layers * t.config.kv_dim * (positions[i] + 12) * sizeof(float);
+            printf(" %.6g %.6g", time, (double)t.file_size + cache);
+        }
+        for (int i = 0; i < 3; i++) printf(" %.6g", digest(&t, prompts[i]));
+        printf(" %.4f %.4f\n", cpu_seconds(after.ru_utime) - cpu_seconds(before.ru_utime),
+               cpu_seconds(after.ru_stime) - cpu_seconds(before.ru_stime));
+        fflush(stdout);
+    }
+#ifdef PARALLEL
+    close_thr_pool();
+#endif
+    free_sampler(&sampler);
+    free_transformer(&t);
+    return 0;
+}

@@ -1,0 +1,169 @@
+#!/usr/bin/env python3
+"""make bench: how near the engine comes to the machine's limits, as two tables.
+
+    python3 tests/bench.py [RUNS]      medians of so many runs (default: 5)
+
+The model has SmolLM-135M's shape and random weights; tests/make_model.py writes it once. Decoding has to
+read all of the weights and of the key and value caches for each token, so its limit is the memory:
+"of limit" is bytes per token * tokens per second / the read bandwidth measured in the same run.
+"""
+import os
+import select
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from models import BUILD, model_file
+
+TESTS = Path(__file__).resolve().parent
+TOP = TESTS.parent
+POSITIONS, PROMPTS, THREADS = (100, 1000, 2000), (16, 128, 512), (1, 2, 4, 8, 16)
+VOCAB_SIZE = 49152
+
+
+def build(name, *flags):
+    """tests/bench.c with the options of the one-line builds."""
+    program = Path(BUILD) / name
+    subprocess.run(["gcc", "-Wall", "-Wextra", "-o", program, TESTS / "bench.c", *flags,
+                    "-lm", "-lpthread"], check=True)
+    return program
+
+
+def model_folder():
+    """A folder with a model and a tokenizer of its size: single bytes and made-up longer tokens."""
+    folder = Path(BUILD) / "bench-model"
+    folder.mkdir(exist_ok=True)
+    if not (folder / "model.bin").exists():
+        (folder / "model.bin").symlink_to(model_file("--seed 1"))
+    texts = [b"<|endoftext|>", b"<|im_start|>", b"<|im_end|>", *(bytes([i]) for i in range(256))]
+    texts += [b"t%d" % i for i in range(VOCAB_SIZE - len(texts))]
+    with open(folder / "tokenizer.bin", "wb") as file:
+        file.write(struct.pack("<i", max(map(len, texts))))
+        for i, text in enumerate(texts):
+            file.write(struct.pack("<fi", -i, len(text)) + text)
+    return folder
+
+
+def figures(program, *arguments, **environment):
+    """The lines of figures that a program prints, as columns."""
+    result = subprocess.run([program, *map(str, arguments)], check=True, stdout=subprocess.PIPE,
+                            env={**os.environ, **environment}, universal_newlines=True)
+    return list(zip(*(map(float, line.split()) for line in result.stdout.splitlines())))
+
+
+def spread(values, form="{:.0f}"):
+    """Median (least to most)."""
+    least, median, most = min(values), statistics.median(values), max(values)
+    return f"{form} ({form}-{form})".format(median, least, most)
+
+
+def print_table(head, rows):
+    print("| " + " | ".join(head) + " |")
+    print("|" + " --- |" * len(head))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    print(flush=True)
+
+
+def start_up(folder, **environment):
+    """Seconds from exec to the ready byte, from a prompt to the reply's first bytes; peak memory, MB.
+
+    The part of main is played here: see the protocol in common.h.
+    """
+    returns, engine_end = os.pipe()
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+    def become_engine():
+        os.dup2(engine_end, 3)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+
+    start = time.monotonic()
+    engine = subprocess.Popen(
+        [TOP / "inference", "-d", folder, "-m", "8", "42"], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, preexec_fn=become_engine, pass_fds=(3,),
+        env={**os.environ, "CHAT_FRONT_END": str(os.getpid()), **environment})
+    os.close(engine_end)
+    os.read(returns, 1)
+    ready = time.monotonic()
+    engine.stdin.write(b"Is this all?\n")
+    engine.stdin.flush()
+    engine.send_signal(signal.SIGUSR1)
+    select.select([engine.stdout], [], [])
+    first = time.monotonic()
+    os.read(returns, 1)
+    status = Path(f"/proc/{engine.pid}/status").read_text()
+    peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
+    engine.stdin.close()
+    engine.send_signal(signal.SIGUSR1)
+    engine.communicate()
+    os.close(returns)
+    return ready - start, first - ready, peak
+
+
+def of_limit(bandwidth, seconds, size):
+    """Percent of the bandwidth that a token of so many bytes in so many seconds uses, per run."""
+    return [100 * s / t / b for b, t, s in zip(bandwidth, seconds, size)]
+
+
+def single_thread(runs, model, folder):
+    rows = []
+    bench = build("bench", "-O3")
+    for kernels in figures_of_tables(bench):
+        bandwidth, *columns = figures(bench, model, runs, KERNELS=kernels)
+        row = [kernels, spread([b / 1e9 for b in bandwidth], "{:.1f}")]
+        for i in range(len(POSITIONS)):
+            seconds, size = columns[2 * i:2 * i + 2]
+            percent = statistics.median(of_limit(bandwidth, seconds, size))
+            row.append(f"{spread([1 / s for s in seconds])}, {percent:.0f}%")
+        for rate in columns[2 * len(POSITIONS):][:len(PROMPTS)]:
+            row.append(spread(rate))
+        ready, first, peak = zip(*(start_up(folder, KERNELS=kernels) for _ in range(runs)))
+        row += [spread([1000 * t for t in ready], "{:.1f}"), spread([1000 * t for t in first], "{:.1f}"),
+                f"{statistics.median(peak):.0f}"]
+        rows.append(row)
+    plain = figures(bench, "--plain", model, runs)[0]
+    rows.append(["plain loops", "", spread([1 / s for s in plain], "{:.1f}")] + [""] * 8)
+    print("One thread. Decoding and prompts in tokens per second, median (least-most).\n")
+    print_table(["kernels", "read GB/s", *(f"decoding near {p}, of limit" for p in POSITIONS),
+                 *(f"prompt of {p}" for p in PROMPTS), "ready, ms", "first token, ms",
+                 "memory, MB"], rows)
+
+
+def figures_of_tables(bench):
+    """The names of the kernel tables that this machine has, the best first."""
+    result = subprocess.run([bench, "--tables"], check=True, stdout=subprocess.PIPE,
+                            universal_newlines=True)
+    return result.stdout.split()
+
+
+def thread_counts(runs, model):
+    rows = []
+    bench = build("bench-parallel", "-O2", "-DPARALLEL")
+    for threads in THREADS:
+        bandwidth, *columns = figures(bench, model, runs, THREADS=str(threads))
+        seconds, size = columns[:2]
+        percent = statistics.median(of_limit(bandwidth, seconds, size))
+        user, system = columns[-2:]
+        rows.append([str(threads), spread([b / 1e9 for b in bandwidth], "{:.1f}"),
+                     f"{spread([1 / s for s in seconds])}, {percent:.0f}%",
+                     *map(spread, columns[6:9]), f"{statistics.median(user):.3f}",
+                     f"{statistics.median(system):.3f}"])
+    print(f"Threads, on {os.cpu_count()} CPUs. User and system seconds are those of 24 tokens.\n")
+    print_table(["threads", "read GB/s", "decoding near 100, of limit",
+                 *(f"prompt of {p}" for p in PROMPTS), "user, s", "system, s"], rows)
+
+
+def main():
+    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    folder = model_folder()
+    model = folder / "model.bin"
+    single_thread(runs, model, folder)
+    thread_counts(runs, model)
+
+
+if __name__ == "__main__":
+    main()
