@@ -137,11 +137,16 @@ typedef struct {
     void (*mix)(float *out, const float *weight, size_t stride, int heads, int head_size,
                 const float *values, int times);
 
-    // x[i] = e to the power of (x[i] - shift), by the definition of section 8, not by libm's expf.
-    void (*exp_minus)(float *x, int n, float shift);
+    // Softmax of 1..MAX_HEADS rows of n >= 1 numbers, `stride` apart, in place: x - maximum, exp,
+    // the sum in index order, each divided by the sum.
+    void (*softmax)(float *x, size_t stride, int rows, int n);
 
-    // The greatest of n >= 1 numbers.
-    float (*maximum)(const float *x, int n);
+    // gate[i] = silu(gate[i]) * up[i], silu(h) = h * (1 / (1 + exp(-h)))
+    void (*swiglu)(float *gate, const float *up, int n);
+
+    // x[i] = e to the power of x[i] - shift, by the definition of section 8, not by libm's expf.
+    // The two above are made of it; it is here for the tests.
+    void (*exp_minus)(float *x, int n, float shift);
 } Kernels;
 
 // The bodies are in section 8 of this file, which here reads itself once for each instruction set:
@@ -202,6 +207,7 @@ static const Kernels *choose_kernels(void) {
 
 #define MAX_BATCH 128 // tokens of one pass: their activations stay in the second-level cache
 #define MAX_WORKERS MAX_THREADS
+#define HUGE_PAGE (2 << 20) // bytes, of x86; elsewhere it is just an alignment
 
 // What a pass works on. "Own" is memory of one worker that no other touches.
 typedef struct {
@@ -229,8 +235,9 @@ typedef struct {
     Weights weights;
     State state;
     const Kernels *kernels;
-    void *file; // model.bin, mapped
+    char *file; // model.bin, mapped
     size_t file_size;
+    void *room; // the addresses that the mapping lies in, file_size + HUGE_PAGE of them
 } Transformer;
 
 // Complains about one of the two files, with what to do. Returns -1.
@@ -400,8 +407,24 @@ static int build_state(State *s, const Config *c) {
 static void free_transformer(Transformer *t) {
     free(t->weights.layers);
     if (t->state.memory) munmap(t->state.memory, t->state.size);
-    if (t->file) munmap(t->file, t->file_size);
+    if (t->room) munmap(t->room, t->file_size + HUGE_PAGE);
     *t = (Transformer){0};
+}
+
+// Maps the model's file where huge pages could begin: a file system that keeps the file in huge
+// pages (Linux 6.x: ext4, xfs, btrfs, once the file has been read through such a mapping) then maps
+// it in a moment, and it is read faster, because the processor's prefetching stops at the end of a
+// page.
+static int map_file(Transformer *t, int fd) {
+    void *room = mmap(NULL, t->file_size + HUGE_PAGE, PROT_NONE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED) return -1;
+    t->room = room;
+    t->file = (char *)room + (HUGE_PAGE - (uintptr_t)room % HUGE_PAGE) % HUGE_PAGE;
+    if (mmap(t->file, t->file_size, PROT_READ, MAP_PRIVATE | MAP_FIXED, fd, 0) == MAP_FAILED)
+        return -1;
+    madvise(t->file, t->file_size, MADV_HUGEPAGE); // only advice: a kernel without does as it can
+    return 0;
 }
 
 // Loads the model of a path: maps the file, checks it, gets memory. Returns 0, or -1 after one line
@@ -413,11 +436,14 @@ static int build_transformer(Transformer *t, const char *path) {
     if (t->kernels == NULL) return -1;
     int fd = open_model_file(path, &t->file_size);
     if (fd < 0) return -1;
-    void *file = t->file_size ? mmap(NULL, t->file_size, PROT_READ, MAP_PRIVATE, fd, 0) : "";
+    int mapped =
+        t->file_size > 0 ? map_file(t, fd) : 0; // nothing can't be mapped; read_header() tells
     close(fd);
-    if (file == MAP_FAILED) return refuse_file(path, "cannot be mapped: %s", strerror(errno));
-    t->file = t->file_size ? file : NULL;
-    if (read_header(&t->config, &shared_classifier, file, t->file_size, path) < 0) goto failed;
+    if (mapped < 0) {
+        refuse_file(path, "cannot be mapped: %s", strerror(errno));
+        goto failed;
+    }
+    if (read_header(&t->config, &shared_classifier, t->file, t->file_size, path) < 0) goto failed;
 
     t->weights.layers = calloc((size_t)t->config.n_layers, sizeof(Layer));
     if (t->weights.layers == NULL) goto failed;
@@ -426,7 +452,7 @@ static int build_transformer(Transformer *t, const char *path) {
         refuse_file(path, "%zu bytes, but its header announces %zu", t->file_size, expected);
         goto failed;
     }
-    map_weights(&t->weights, &t->config, shared_classifier, file);
+    map_weights(&t->weights, &t->config, shared_classifier, t->file);
     if (build_state(&t->state, &t->config) < 0) goto failed;
     return 0;
 failed:
@@ -491,39 +517,20 @@ static void rope(float *x, Range rows, const float *table, int head_size) {
     }
 }
 
-// out = weight * x / root mean square of x. The sum goes in index order.
-static void rmsnorm(float *out, const float *x, const float *weight, int size) {
-    float sum = 0;
-    for (int i = 0; i < size; i++) sum = sum + x[i] * x[i];
-    float s = 1 / sqrtf(sum / (float)size + 1e-5f);
-    for (int i = 0; i < size; i++) out[i] = weight[i] * (s * x[i]);
-}
+// out = weight * x / root mean square of x, for 1..NORM_ROWS rows of `size`. The sum of squares
+// goes in index order, in which each addition waits for the one before, so the rows are summed side
+// by side.
+#define NORM_ROWS 4
 
-// Softmax of up to MAX_HEADS rows of n numbers, `stride` apart. Each sum goes in index order, which
-// makes an addition wait for the one before; so the rows are summed side by side.
-static void softmax(const Kernels *kernels, float *x, size_t stride, int rows, int n) {
-    const float *row[MAX_HEADS];
-    for (int r = 0; r < rows; r++)
-        kernels->exp_minus(x + (size_t)r * stride, n, kernels->maximum(x + (size_t)r * stride, n));
-    for (int r = 0; r < MAX_HEADS; r++) row[r] = x + (size_t)(r < rows ? r : 0) * stride;
-    float sum[MAX_HEADS] = {0};
-    for (int i = 0; i < n; i++)
-        for (int r = 0; r < MAX_HEADS; r++) sum[r] = sum[r] + row[r][i];
-    for (int r = 0; r < rows; r++)
-        for (int i = 0; i < n; i++) x[(size_t)r * stride + (size_t)i] /= sum[r];
-}
-
-// gate[i] = silu(gate[i]) * up[i], silu(h) = h / (1 + e^-h)
-static void swiglu(const Kernels *kernels, float *gate, const float *up, int n) {
-    float e[GROUP];
-    for (int start = 0; start < n; start += GROUP) {
-        int count = n - start < GROUP ? n - start : GROUP;
-        for (int i = 0; i < count; i++) e[i] = -gate[start + i];
-        kernels->exp_minus(e, count, 0);
-        for (int i = 0; i < count; i++) {
-            float h = gate[start + i];
-            gate[start + i] = (h * (1 / (1 + e[i]))) * up[start + i];
-        }
+static void rmsnorm(float *out, const float *x, const float *weight, int size, int rows) {
+    const float *row[NORM_ROWS];
+    for (int r = 0; r < NORM_ROWS; r++) row[r] = x + (size_t)(r < rows ? r : 0) * (size_t)size;
+    float sum[NORM_ROWS] = {0};
+    for (int i = 0; i < size; i++)
+        for (int r = 0; r < NORM_ROWS; r++) sum[r] = sum[r] + row[r][i] * row[r][i];
+    for (int r = 0; r < rows; r++, out += size) {
+        float s = 1 / sqrtf(sum[r] / (float)size + 1e-5f);
+        for (int i = 0; i < size; i++) out[i] = weight[i] * (s * row[r][i]);
     }
 }
 
@@ -550,16 +557,20 @@ static void mat_mul_add(const Pass *pass, float *x, const QuantizedTensor *w, Ra
 // Quantizes x[n][width] for the next matrix, normalized before if there is a weight. Several tokens
 // are shared out, and the workers meet. A single one everybody does for himself: that takes no
 // longer than to let one do it, and nobody has to wait.
-static const Activations *activate(const Pass *pass, const float *x, const float *weight, int width,
-                                   int n, int worker, int workers) {
+static Activations activate(const Pass *pass, const float *x, const float *weight, int width, int n,
+                            int worker, int workers) {
     Transformer *t = pass->transformer;
-    Activations *out = n == 1 ? &t->state.own[worker] : &t->state.shared;
-    out->width = width;
-    for (int token = n == 1 ? 0 : worker; token < n; token += workers) {
-        const float *values = x + (size_t)token * (size_t)width;
-        float normed[weight ? width : 1];
-        if (weight) rmsnorm(normed, values, weight, width);
-        t->kernels->quantize(out, token, weight ? normed : values);
+    Activations out = n == 1 ? t->state.own[worker] : t->state.shared;
+    out.width = width;
+    Range mine = n == 1 ? (Range){0, 1} : share(n, 1, worker, workers);
+    for (int first = mine.first; first < mine.last; first += NORM_ROWS) {
+        int rows = mine.last - first < NORM_ROWS ? mine.last - first : NORM_ROWS;
+        const float *values = x + (size_t)first * (size_t)width;
+        float normed[weight ? NORM_ROWS * width : 1];
+        if (weight) rmsnorm(normed, values, weight, width, rows);
+        for (int r = 0; r < rows; r++)
+            t->kernels->quantize(&out, first + r,
+                                 (weight ? normed : values) + (size_t)r * (size_t)width);
     }
     if (n > 1) meet(workers);
     return out;
@@ -601,7 +612,7 @@ static void multi_head_attn(const Pass *pass, int layer, int token, Range heads,
         size_t cache = (size_t)(layer * c->n_kv_heads + kv_head) * s->times * (size_t)c->head_size;
         size_t at = (size_t)token * (size_t)c->dim + (size_t)(head * c->head_size);
         kernels->score(att, s->times, s->q + at, count, c->head_size, s->key_cache + cache, times);
-        softmax(kernels, att, s->times, count, times);
+        kernels->softmax(att, s->times, count, times);
         kernels->mix(s->xb + at, att, s->times, count, c->head_size, s->value_cache + cache, times);
     }
 }
@@ -634,10 +645,10 @@ static void compute_share(const Pass *pass, int worker, int workers) {
         const Layer *l = &w->layers[layer];
 
         // queries, keys and values
-        const Activations *in = activate(pass, s->x, l->rms_att_weight, c->dim, n, worker, workers);
-        mat_mul(pass, s->q, &l->wq, dim_rows, in, n);
-        mat_mul(pass, s->k, &l->wk, kv_rows, in, n);
-        mat_mul(pass, s->v, &l->wv, kv_rows, in, n);
+        Activations in = activate(pass, s->x, l->rms_att_weight, c->dim, n, worker, workers);
+        mat_mul(pass, s->q, &l->wq, dim_rows, &in, n);
+        mat_mul(pass, s->k, &l->wk, kv_rows, &in, n);
+        mat_mul(pass, s->v, &l->wv, kv_rows, &in, n);
         for (int token = 0; token < n; token++) {
             const float *table = s->rope + (size_t)token * head_size;
             rope(s->q + (size_t)token * dim, dim_rows, table, c->head_size);
@@ -646,39 +657,36 @@ static void compute_share(const Pass *pass, int worker, int workers) {
         store_keys_and_values(pass, layer, kv_rows);
         meet(workers);
 
-        // attention
-        if (n == 1) {
-            Range heads = share(c->n_heads, 1, worker, workers);
-            multi_head_attn(pass, layer, 0, heads, s->att[worker]);
-            meet(workers);
-        }
+        // attention; later tokens look at more of the past, so the tokens are dealt out in turn
+        if (n == 1)
+            multi_head_attn(pass, layer, 0, share(c->n_heads, 1, worker, workers), s->att[worker]);
         for (int token = worker; n > 1 && token < n; token += workers)
             multi_head_attn(pass, layer, token, (Range){0, c->n_heads}, s->att[worker]);
+        meet(workers);
         in = activate(pass, s->xb, NULL, c->dim, n, worker, workers);
-        mat_mul_add(pass, s->x, &l->wo, dim_rows, in, n);
+        mat_mul_add(pass, s->x, &l->wo, dim_rows, &in, n);
         meet(workers);
 
         // feed forward
         in = activate(pass, s->x, l->rms_ffn_weight, c->dim, n, worker, workers);
-        mat_mul(pass, s->hb, &l->w1, hidden_rows, in, n);
-        mat_mul(pass, s->hb2, &l->w3, hidden_rows, in, n);
+        mat_mul(pass, s->hb, &l->w1, hidden_rows, &in, n);
+        mat_mul(pass, s->hb2, &l->w3, hidden_rows, &in, n);
         for (int token = 0; token < n; token++) {
             size_t at = (size_t)token * hidden_dim + (size_t)hidden_rows.first;
-            swiglu(t->kernels, s->hb + at, s->hb2 + at, hidden_rows.last - hidden_rows.first);
+            t->kernels->swiglu(s->hb + at, s->hb2 + at, hidden_rows.last - hidden_rows.first);
         }
         meet(workers);
         in = activate(pass, s->hb, NULL, c->hidden_dim, n, worker, workers);
-        mat_mul_add(pass, s->x, &l->w2, dim_rows, in, n);
+        mat_mul_add(pass, s->x, &l->w2, dim_rows, &in, n);
         meet(workers);
     }
 
     // logits of the tokens for which they are wanted, the last ones
     if (pass->wanted == 0) return;
     const float *x = s->x + (size_t)(n - pass->wanted) * dim;
-    const Activations *in =
-        activate(pass, x, w->rms_final_weight, c->dim, pass->wanted, worker, workers);
+    Activations in = activate(pass, x, w->rms_final_weight, c->dim, pass->wanted, worker, workers);
     mat_mul(pass, pass->logits, &w->classifier,
-            share(c->vocab_size, pass->wanted == 1 ? 16 : 32, worker, workers), in, pass->wanted);
+            share(c->vocab_size, pass->wanted == 1 ? 16 : 32, worker, workers), &in, pass->wanted);
 }
 
 // Takes n >= 1 tokens at positions pos.. (pos + n <= seq_len), which continue what was computed for
@@ -1135,11 +1143,11 @@ static bool all_finite(const float *x, int n) {
     return !bad;
 }
 
-static int argmax(const Kernels *kernels, const float *x, int n) {
-    float greatest = kernels->maximum(x, n);
-    int i = 0;
-    while (i < n - 1 && x[i] != greatest) i++;
-    return i;
+static int argmax(const float *x, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (x[i] > x[best]) best = i;
+    return best;
 }
 
 // Draws from the smallest set of likeliest tokens whose probability exceeds top_p. The heap gives
@@ -1150,7 +1158,7 @@ static int sample_top_p(Sampler *s, const float *p, float coin) {
     int count = 0;
     for (int i = 0; i < s->vocab_size; i++)
         if (p[i] >= cutoff) items[count++] = (Item){.key = p[i], .order = i};
-    if (count == 0) return argmax(s->kernels, p, s->vocab_size);
+    if (count == 0) return argmax(p, s->vocab_size);
     for (int i = count / 2 - 1; i >= 0; i--) sift_down(items, count, i);
 
     int end = count; // the popped ones are items[count..end), the likeliest last
@@ -1172,9 +1180,9 @@ static int sample(Sampler *s, float *logits) {
             "The model computed logits that are not finite numbers; its file must be damaged.");
         return -1;
     }
-    if (s->temperature == 0) return argmax(s->kernels, logits, n);
+    if (s->temperature == 0) return argmax(logits, n);
     for (int i = 0; i < n; i++) logits[i] /= s->temperature;
-    softmax(s->kernels, logits, 0, 1, n);
+    s->kernels->softmax(logits, 0, 1, n);
     return sample_top_p(s, logits, random_f32(&s->rng_state));
 }
 
@@ -1406,14 +1414,21 @@ static const uint64_t exp_table[32] = {
 };
 #endif
 
-// exp_table at LANES / 2 indices
+// exp_table at LANES / 2 indices, of which the lowest 5 bits count
 INLINE longs NAME(look_up)(longs i) {
 #if defined(ISA_AVX512)
-    return (longs)_mm512_i64gather_epi64((__m512i)i, exp_table, 8);
+    const __m512i *table =
+        (const __m512i *)exp_table; // 4 registers; bit 4 of the index chooses a pair
+    __m512i low = _mm512_permutex2var_epi64(_mm512_loadu_si512(table), (__m512i)i,
+                                            _mm512_loadu_si512(table + 1));
+    __m512i high = _mm512_permutex2var_epi64(_mm512_loadu_si512(table + 2), (__m512i)i,
+                                             _mm512_loadu_si512(table + 3));
+    return (longs)_mm512_mask_blend_epi64(_mm512_test_epi64_mask((__m512i)i, _mm512_set1_epi64(16)),
+                                          low, high);
 #elif defined(ISA_AVX2)
-    return (longs)_mm256_i64gather_epi64((const long long *)exp_table, (__m256i)i, 8);
+    return (longs)_mm256_i64gather_epi64((const long long *)exp_table, (__m256i)(i & 31), 8);
 #else
-    return (longs){exp_table[i[0]], exp_table[i[1]]};
+    return (longs){exp_table[i[0] & 31], exp_table[i[1] & 31]};
 #endif
 }
 
@@ -1428,7 +1443,7 @@ INLINE half NAME(exp_half)(half x) {
     doubles k = z + shift;
     doubles r = z - (k - shift);
     longs bits = (longs)k;
-    doubles s = (doubles)(NAME(look_up)(bits & 31) + (bits << 47));
+    doubles s = (doubles)(NAME(look_up)(bits) + (bits << 47));
     doubles y = ((C0 * r + C1) * (r * r) + (C2 * r + 1)) * s;
     y = SELECT(doubles, longs, (longs)(wide > 0x1.62e42ep6), infinities, y);
     y = SELECT(doubles, longs, (longs)(wide < -0x1.9fe368p6), zeros, y);
@@ -1446,22 +1461,57 @@ KERNEL void NAME(exp_minus)(float *x, int n, float shift) {
     memcpy(x + i, &rest, (size_t)(n - i) * sizeof(float));
 }
 
-KERNEL float NAME(maximum)(const float *x, int n) {
-    int i = 0;
+INLINE float NAME(maximum)(const float *x, int n) {
     float greatest = x[0];
+    int i = 0;
     if (n >= LANES) {
         floats most = LOAD(floats, x);
         for (i = LANES; i + LANES <= n; i += LANES) {
             floats next = LOAD(floats, x + i);
             most = SELECT(floats, ints, next > most, next, most);
         }
-        greatest = most[0];
-        for (int lane = 1; lane < LANES; lane++)
+        for (int lane = 0; lane < LANES; lane++)
             if (most[lane] > greatest) greatest = most[lane];
     }
     for (; i < n; i++)
         if (x[i] > greatest) greatest = x[i];
     return greatest;
+}
+
+// A sum in index order makes each addition wait for the one before, so the rows are summed side by
+// side.
+KERNEL void NAME(softmax)(float *x, size_t stride, int rows, int n) {
+    const float *row[MAX_HEADS];
+    for (int r = 0; r < MAX_HEADS; r++) row[r] = x + (size_t)(r < rows ? r : 0) * stride;
+    for (int r = 0; r < rows; r++)
+        NAME(exp_minus)(x + (size_t)r * stride, n, NAME(maximum)(row[r], n));
+    float sum[MAX_HEADS] = {0};
+    for (int i = 0; i < n; i++)
+        for (int r = 0; r < MAX_HEADS; r++) sum[r] = sum[r] + row[r][i];
+    for (int r = 0; r < rows; r++) {
+        float *e = x + (size_t)r * stride;
+        int i = 0;
+        for (; i + LANES <= n; i += LANES) STORE(floats, e + i, LOAD(floats, e + i) / sum[r]);
+        for (; i < n; i++) e[i] /= sum[r];
+    }
+}
+
+INLINE half NAME(silu_times)(half h, half up) {
+    const half ones = (half){0} + 1;
+    return (h * (ones / (ones + NAME(exp_half)(-h)))) * up;
+}
+
+KERNEL void NAME(swiglu)(float *gate, const float *up, int n) {
+    int i = 0;
+    for (; i + LANES / 2 <= n; i += LANES / 2)
+        STORE(half, gate + i, NAME(silu_times)(LOAD(half, gate + i), LOAD(half, up + i)));
+    if (i == n) return;
+    half h = {0}, u = {0};
+    size_t rest = (size_t)(n - i) * sizeof(float);
+    memcpy(&h, gate + i, rest);
+    memcpy(&u, up + i, rest);
+    h = NAME(silu_times)(h, u);
+    memcpy(gate + i, &h, rest);
 }
 
 // roundf(t) is the integer part of t + the greatest float below 0.5, away from zero: 0.5 itself
@@ -1696,37 +1746,61 @@ INLINE __m256i NAME(sum_lanes)(const __m256i v[8]) {
                             _mm256_permute2x128_si256(four[0], four[1], 0x31));
 }
 
-// 8 rows at a time, group by group: their integer sums end up in the lanes of one vector, and the
-// float part is done for 8 rows at once. Meanwhile the next 8 rows, which lie behind these in
-// memory, are fetched in the order of their addresses.
+// Eight groups of weights that lie one behind the other times as many groups of activations: the
+// float products that the sums of the rows are made of. The lanes are the groups.
+INLINE void NAME(multiply_groups)(float *products, const int8_t *w, const float *scales,
+                                  const int8_t *x, const float *x_scales, const int32_t *excess) {
+    __m256i dot[8];
+    for (int i = 0; i < 8; i++, w += GROUP, x += GROUP) {
+        __m256i zeros = _mm256_setzero_si256();
+        dot[i] = NAME(dot_32)(LOAD(__m256i_u, w), LOAD(__m256i_u, x), zeros);
+        dot[i] = NAME(dot_32)(LOAD(__m256i_u, w + 32), LOAD(__m256i_u, x + 32), dot[i]);
+    }
+    __m256i dots = _mm256_sub_epi32(NAME(sum_lanes)(dot), LOAD(__m256i_u, excess));
+    __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(dots), _mm256_loadu_ps(scales));
+    _mm256_storeu_ps(products, _mm256_mul_ps(scaled, _mm256_loadu_ps(x_scales)));
+}
+
+// The weights are read in the order of their addresses, eight groups at a time, whatever row they
+// belong to, and without any prefetch instruction: the hardware's prefetcher follows that best. The
+// rows are read in so many parts side by side, each of which it follows by itself.
+#define STREAMS 2
+
 KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, int first, int last,
                               const Activations *x) {
-    int groups = w->cols / GROUP, row = first;
-    const __m256i scale_of_row =
-        _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(groups));
-    for (; row + 8 <= last; row += 8) {
-        const int8_t *q = w->q + (size_t)row * (size_t)w->cols, *next = q + 8 * (size_t)w->cols;
-        const float *scale = w->s + (size_t)row * (size_t)groups;
-        __m256 sum = _mm256_setzero_ps();
-        for (int group = 0; group < groups; group++) {
-            const __m256i *values = (const __m256i *)(x->q + group * GROUP);
-            __m256i low = _mm256_loadu_si256(values), high = _mm256_loadu_si256(values + 1), dot[8];
-            for (int i = 0; i < 8; i++, next += 64) {
-                const __m256i *wq =
-                    (const __m256i *)(q + (size_t)i * (size_t)w->cols + group * GROUP);
-                _mm_prefetch((const char *)next, _MM_HINT_T0);
-                dot[i] = NAME(dot_32)(_mm256_loadu_si256(wq), low, _mm256_setzero_si256());
-                dot[i] = NAME(dot_32)(_mm256_loadu_si256(wq + 1), high, dot[i]);
-            }
-            __m256i dots = _mm256_sub_epi32(NAME(sum_lanes)(dot),
-                                            _mm256_set1_epi32(NAME(excess)(x, (size_t)group)));
-            __m256 scales = _mm256_i32gather_ps(scale + group, scale_of_row, 4);
-            sum = _mm256_add_ps(sum, _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(dots), scales),
-                                                   _mm256_set1_ps(x->s[group])));
-        }
-        _mm256_storeu_ps(out + row, sum);
+    // The activations of a row come again with every row; any 8 groups in this circle lie side by
+    // side.
+    int groups = w->cols / GROUP;
+    int8_t q[(groups + 7) * GROUP];
+    float scale[groups + 7], products[STREAMS][8 * groups]; // [8 rows][groups]
+    int32_t excess[groups + 7];
+    for (int i = 0; i < groups + 7; i++) {
+        memcpy(q + i * GROUP, x->q + i % groups * GROUP, GROUP);
+        scale[i] = x->s[i % groups];
+        excess[i] = NAME(excess)(x, (size_t)(i % groups));
     }
-    NAME(single_rows)(out, w, row, last, x, 0);
+    int blocks = (last - first) / 8, part = (blocks + STREAMS - 1) / STREAMS; // of 8 rows
+    for (int block = 0; block < part; block++) {
+        int streams = 0, rows[STREAMS];
+        for (int i = block; i < blocks; i += part) rows[streams++] = first + 8 * i;
+        for (int i = 0, start = 0; i < groups; i++) {
+            for (int stream = 0; stream < streams; stream++) {
+                size_t at = (size_t)rows[stream] * (size_t)groups + (size_t)(8 * i);
+                NAME(multiply_groups)
+                (products[stream] + 8 * i, w->q + at * GROUP, w->s + at, q + start * GROUP,
+                 scale + start, excess + start);
+            }
+            for (start += 8; start >= groups; start -= groups) continue;
+        }
+        for (int stream = 0; stream < streams; stream++) {
+            float sum[8] = {0};
+            for (int group = 0; group < groups; group++)
+                for (int row = 0; row < 8; row++)
+                    sum[row] = sum[row] + products[stream][row * groups + group];
+            memcpy(out + rows[stream], sum, sizeof(sum));
+        }
+    }
+    NAME(single_rows)(out, w, first + 8 * blocks, last, x, 0);
 }
 
 // For several tokens, 2 * LANES rows are turned into a panel once: a lane is a row there, and no
@@ -1809,6 +1883,7 @@ KERNEL void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, int first, i
 #undef MULTIPLY
     }
 }
+#undef STREAMS
 #undef STEPS
 #undef TILE
 #undef PANEL_ROWS
@@ -1865,8 +1940,8 @@ KERNEL void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, int first, i
 #define TEXT(name) #name
 #define QUOTED(isa) TEXT(isa)
 static const Kernels NAME(kernels) = {
-    QUOTED(ISA), NAME(quantize), NAME(mat_vec_mul), NAME(mat_mat_mul),
-    NAME(score), NAME(mix),      NAME(exp_minus),   NAME(maximum),
+    QUOTED(ISA), NAME(quantize), NAME(mat_vec_mul), NAME(mat_mat_mul), NAME(score),
+    NAME(mix),   NAME(softmax),  NAME(swiglu),      NAME(exp_minus),
 };
 
 #undef JOIN
