@@ -86,7 +86,7 @@ typedef struct {
 #define DEFAULT_SETTINGS                                                                           \
     (Settings) { .dir = ".", .temperature = 0.6f, .top_p = 0.9f, .max_new_tokens = 256, .seed = 42 }
 
-#define SETTINGS_OPTIONS "d:t:p:m:" // for getopt(3)
+#define SETTINGS_OPTIONS "d:t:p:m:" // for getopt(3), which is to leave the complaints to us: ":"
 #define SETTINGS_USAGE "[-d dir] [-t temperature] [-p top_p] [-m max_new_tokens]"
 #define SETTINGS_HELP                                                                              \
     "  -d dir              folder of model.bin and tokenizer.bin (default: .)\n"                   \
@@ -94,7 +94,7 @@ typedef struct {
     "  -p top_p            choose among the likeliest tokens of this share, 0 to 1 (default: "     \
     "0.9)\n"                                                                                       \
     "  -m max_new_tokens   the longest reply, 1 to 1000000 (default: 256)\n"                       \
-    "  seed                0 to 18446744073709551615; 0 takes one from the clock\n"
+    "  seed                0 to 18446744073709551615; 0 takes one from the clock"
 
 // Reads a whole number in [least, most] that is all of the text. False if it is something else.
 static inline bool parse_integer(const char *text, long least, long most, long *value) {
@@ -129,18 +129,20 @@ static inline bool take_setting(Settings *settings, int option, const char *valu
         break;
     case 'p': good = parse_float(value, 0, 1, &settings->top_p); break;
     case 'm': good = parse_integer(value, 1, 1000000, &tokens); break;
-    default: return false; // getopt(3) has complained
+    default:
+        complain(option == ':' ? "-%c needs a value." : "-%c is not an option.", optopt);
+        return false;
     }
     settings->max_new_tokens = (int)tokens;
     if (!good) complain("-%c %s: this value is not in the option's range.", option, value);
     return good;
 }
 
-// Reads an engine's options; getopt(3) leaves optind at the first argument that is none. False,
-// after a complaint, at a mistake.
+// Reads an engine's options; getopt(3) leaves optind at the first argument that is none ("+": what
+// comes behind it, a prompt perhaps, is none either). False, after a complaint, at a mistake.
 static inline bool parse_settings(Settings *settings, int argc, char **argv) {
     bool good = true;
-    for (int option; (option = getopt(argc, argv, SETTINGS_OPTIONS)) != -1;)
+    for (int option; (option = getopt(argc, argv, "+:" SETTINGS_OPTIONS)) != -1;)
         good = take_setting(settings, option, optarg) && good;
     return good;
 }

@@ -12,10 +12,9 @@ static void run_pass(const Pass *pass) { compute_share(pass, 0, 1); }
 static void meet(int workers) { (void)workers; }
 
 _Noreturn static void usage(const char *program) {
-    fprintf(stderr,
-            "Usage: %s " SETTINGS_USAGE " <seed> [\"prompt\" ...]\n" SETTINGS_HELP
-            "  prompt              answered in turn; without one, prompts are read from stdin\n",
-            program);
+    complain("Usage: %s " SETTINGS_USAGE " <seed> [\"prompt\" ...]\n" SETTINGS_HELP
+             "\n  prompt              answered in turn; without one, prompts are read from stdin",
+             program);
     exit(2);
 }
 

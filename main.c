@@ -29,19 +29,18 @@ typedef struct {
     char **engine_arguments; // for execv(3): name, options, threads, seed, NULL
 } Options;
 
-static const char usage_text[] =
-    "Usage: %s [-s policy] [-n nice] [-r priority] [-D runtime:deadline:period] [-j threads]\n"
-    "       " SETTINGS_USAGE " [seed]\n"
-    "  -s policy           SCHED_OTHER (the default), SCHED_BATCH or SCHED_IDLE, with -n;\n"
-    "                      SCHED_FIFO or SCHED_RR, with -r; SCHED_DEADLINE, with -D\n"
-    "  -n nice             -20 (most CPU time) to 19 (least); default: that of this program\n"
-    "  -r priority         1 (the default) to 99 (most urgent)\n"
-    "  -D runtime:deadline:period   in nanoseconds, or with us or ms: 10ms:20ms:20ms\n"
-    "  -j threads          1 to 64: run ./parallel instead of ./inference\n" SETTINGS_HELP
-    "The log goes to stderr: %s 42 2>log\n";
-
 _Noreturn static void usage(const char *program) {
-    fprintf(stderr, usage_text, program, program);
+    complain(
+        "Usage: %s [-s policy] [-n nice] [-r priority] [-D runtime:deadline:period] [-j threads]\n"
+        "       " SETTINGS_USAGE " [seed]\n"
+        "  -s policy           SCHED_OTHER (the default), SCHED_BATCH or SCHED_IDLE, with -n;\n"
+        "                      SCHED_FIFO or SCHED_RR, with -r; SCHED_DEADLINE, with -D\n"
+        "  -n nice             -20 (most CPU time) to 19 (least); default: that of this program\n"
+        "  -r priority         1 (the default) to 99 (most urgent)\n"
+        "  -D runtime:deadline:period   in nanoseconds, or with us or ms: 10ms:20ms:20ms\n"
+        "  -j threads          1 to %d: run ./parallel instead of ./inference\n" SETTINGS_HELP
+        "\nThe log goes to stderr: %s 42 2>log",
+        program, MAX_THREADS, program);
     exit(2);
 }
 
@@ -68,7 +67,9 @@ static bool parse_time(const char **text, char end, uint64_t *nanoseconds) {
     return true;
 }
 
-// Takes one of main's own options. False, after a complaint, if its value will not do.
+#define POLICY_OPTIONS "s:n:r:D:j:" // main's own, for getopt(3)
+
+// Takes one of them. False, after a complaint, if its value will not do.
 static bool take_policy_option(Options *options, int option, const char *value) {
     SchedulingAttributes *attributes = &options->attributes;
     long number = 0;
@@ -138,9 +139,8 @@ static Options parse_options(int argc, char **argv) {
     char **argument = options.engine_arguments = calloc((size_t)argc + 4, sizeof(char *));
     if (argument == NULL) exit(1);
     argument++; // the name comes last, when it is known
-    for (int option; (option = getopt(argc, argv, "s:n:r:D:j:" SETTINGS_OPTIONS)) != -1;) {
-        if (option == '?') good = false; // getopt(3) has complained
-        else if (strchr(SETTINGS_OPTIONS, option) == NULL)
+    for (int option; (option = getopt(argc, argv, ":" POLICY_OPTIONS SETTINGS_OPTIONS)) != -1;) {
+        if (strchr(POLICY_OPTIONS, option) && option != ':')
             good = take_policy_option(&options, option, optarg) && good;
         else
             good = take_setting(&options.settings, option, optarg) &&
@@ -400,9 +400,16 @@ typedef struct {
     bool failed;        // the chat must end with an error, which has been told
 } Chat;
 
+// Whatever comes now begins on a new line: behind the prompt mark or an unfinished reply.
+static void leave(Chat *chat) {
+    if (chat->phase != LEAVING) putchar('\n');
+    fflush(stdout);
+    chat->phase = LEAVING;
+}
+
 // Closing the pipe says goodbye to the engine; it is told by the same bell as a prompt.
 static void say_goodbye(Chat *chat) {
-    chat->phase = LEAVING;
+    leave(chat);
     close(chat->child.prompts);
     kill(chat->child.pid, SIGUSR1);
 }
@@ -417,7 +424,7 @@ static void ask(Chat *chat, Phase phase) {
 
 // Passes an interrupt on. SIGCONT wakes a stopped engine, which would not notice it.
 static void interrupt_engine(Chat *chat, int signal) {
-    chat->phase = LEAVING;
+    leave(chat);
     chat->interrupt = signal;
     chat->deadline = seconds() + GRACE_PERIOD;
     kill(chat->child.pid, signal);
@@ -479,7 +486,7 @@ static bool take_signals(Chat *chat) {
         int number = (int)signal.ssi_signo;
         if (number == SIGCHLD) child_died = true;
         else if (number == SIGUSR2) take_returns(chat);
-        else if (chat->interrupt == 0) interrupt_engine(chat, number);
+        else if (number != SIGUSR1 && chat->interrupt == 0) interrupt_engine(chat, number);
     }
     return child_died;
 }
@@ -530,18 +537,21 @@ static const char *signal_name(int signal) {
     return "another signal";
 }
 
-// Tells how the engine ended, on a line of its own, and returns main's exit status: an interrupt's,
-// whoever died first of it; or 0 if the engine left as it was told; or 1.
-static int report_end(const Chat *chat, int status) {
+// Tells how the engine ended, and returns main's exit status: an interrupt's, whoever died first of
+// it; or 0 if the engine left as it was told; or 1.
+static int report_end(Chat *chat, int status) {
     int signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
     if (chat->interrupt) signal = chat->interrupt;
     // Killed by SIGPIPE, the engine has found nobody who reads: there is nobody to tell.
     if (chat->output_closed || signal == SIGPIPE) return 1;
+    bool told_to_leave = chat->phase == LEAVING;
+    leave(chat);
     int code = signal ? 128 + signal : WEXITSTATUS(status);
-    printf(signal ? "\nChild exited with %d (%s)\n" : "\nChild exited with %d\n", code,
-           signal_name(signal));
+    printf("Child exited with %d", code);
+    if (signal) printf(" (%s)", signal_name(signal));
+    putchar('\n');
     if (chat->interrupt) return code;
-    return chat->phase == LEAVING && code == 0 && !chat->failed ? 0 : 1;
+    return told_to_leave && code == 0 && !chat->failed ? 0 : 1;
 }
 
 // Starts the engine, holds the conversation, and returns main's exit status when the engine is
@@ -561,12 +571,12 @@ int main(int argc, char **argv) {
     Options options = parse_options(argc, argv);
 
     // Blocked signals stay pending until they are read from the signalfd: none is lost and none
-    // interrupts anything. A SIGCHLD that our parent had ignored would take the child's status
-    // away.
+    // interrupts anything. SIGUSR1 is not for us, but the child has to find it blocked from its
+    // first moment. A SIGCHLD that our parent had ignored would take the child's status away.
     SignalState before;
     sigset_t taken;
     sigemptyset(&taken);
-    const int numbers[] = {SIGUSR2, SIGINT, SIGTERM, SIGCHLD};
+    const int numbers[] = {SIGUSR1, SIGUSR2, SIGINT, SIGTERM, SIGCHLD};
     for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++) sigaddset(&taken, numbers[i]);
     sigprocmask(SIG_BLOCK, &taken, &before.mask);
     sigaction(SIGCHLD, &(struct sigaction){.sa_handler = SIG_DFL}, &before.child_action);

@@ -257,7 +257,7 @@ __attribute__((format(printf, 2, 3))) static int refuse_file(const char *path, c
 // Opens a file of the model for reading. Returns its descriptor and size, or -1 after a complaint.
 static int open_model_file(const char *path, size_t *size) {
     struct stat status;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC); // no waiting for a pipe's other end
     if (fd < 0) return refuse_file(path, "%s", strerror(errno));
     if (fstat(fd, &status) < 0 || !S_ISREG(status.st_mode)) {
         close(fd);
@@ -720,6 +720,8 @@ static float *forward(Transformer *t, const int *tokens, int n, int pos) {
 // Text is first cut into pieces, then the bytes of each piece are merged into tokens: always the
 // pair of neighbours whose union is the token with the highest score, the leftmost of equals.
 
+#define MAX_TOKENIZER_SIZE (64 << 20) // bytes; SmolLM's has 0.7 MB
+
 typedef struct {
     float score;
     int length;        // bytes
@@ -941,6 +943,10 @@ static int build_tokenizer(Tokenizer *t, const char *path, int vocab_size) {
     size_t size;
     int fd = open_model_file(path, &size);
     if (fd < 0) return -1;
+    if (size > MAX_TOKENIZER_SIZE) {
+        close(fd);
+        return refuse_file(path, "too long (%zu bytes) for a tokenizer", size);
+    }
     for (t->table_size = 2; t->table_size < 2 * (uint32_t)vocab_size;) t->table_size *= 2;
     t->file = malloc(size + 1);
     t->tokens = calloc((size_t)vocab_size, sizeof(Token));

@@ -172,11 +172,10 @@ static void print_usage(void) {
 }
 
 _Noreturn static void usage(const char *program) {
-    fprintf(stderr,
-            "Usage: %s " SETTINGS_USAGE " <threads> <seed> [\"prompt\" ...]\n" SETTINGS_HELP
-            "  threads             1 to %d\n"
-            "  prompt              answered in turn; without one, prompts are read from stdin\n",
-            program, MAX_THREADS);
+    complain("Usage: %s " SETTINGS_USAGE " <threads> <seed> [\"prompt\" ...]\n" SETTINGS_HELP
+             "\n  threads             1 to %d\n"
+             "  prompt              answered in turn; without one, prompts are read from stdin",
+             program, MAX_THREADS);
     exit(2);
 }
 

@@ -1,0 +1,174 @@
+"""The log that main writes on stderr, and avg_cpu_use.py that reads it."""
+import os
+import random
+import subprocess
+import sys
+import time
+import unittest
+
+from support import MAIN, PATIENCE, TOP, SessionTestCase
+
+GOOD_LINE = ("[pid] 647017 [tcomm] (inference) [state] R [policy] SCHED_OTHER [nice] 0 "
+             "[vsize] 358088704 [task_cpu] 4 [utime] 10 [stime] 3 [cpu%] {}%\n")
+
+
+class LogTest(SessionTestCase):
+    def test_a_reply_shorter_than_the_interval_gets_one_closing_line(self):
+        """One line per reply, and it tells of main's child."""
+        session = self.chat(42)
+        session.read_until(">>> ")
+        for prompt, lines in (("Hello!", 1), ("What is a mutex?", 2)):
+            session.ask(prompt)
+            self.assertEqual(len(session.log_lines), lines)
+        line = session.log_lines[-1]
+        self.assertEqual(int(line["pid"]), session.engine)
+        self.assertEqual(line["tcomm"], "inference")
+        self.assertEqual(line["policy"], "SCHED_OTHER")
+        self.assertEqual(int(line["nice"]), os.getpriority(os.PRIO_PROCESS, 0))
+        self.assertGreater(int(line["vsize"]), 1_000_000)
+        self.assertLess(int(line["task_cpu"]), os.cpu_count())
+        self.assertGreater(float(line["cpu"]), 0)
+
+    def test_a_long_reply_is_sampled_every_300_ms(self):
+        """A reply of some 1.4 s gets a line per 300 ms, with growing utime."""
+        session = self.start_fake("""
+            report()
+            next_prompt()
+            start = time.monotonic()
+            while time.monotonic() < start + 1.4:
+                pass
+            report()
+            next_prompt()
+            """)
+        start = time.monotonic()
+        session.send("Work!\n")
+        session.read_until(">>> ", ">>> ")
+        intervals = (time.monotonic() - start) / 0.3
+        self.assertGreaterEqual(len(session.log_lines), 3)
+        self.assertLessEqual(len(session.log_lines), intervals)
+        self.assertEqual([line["state"] for line in session.log_lines[:3]], ["R"] * 3)
+        times = [int(line["utime"]) for line in session.log_lines]
+        self.assertEqual(times, sorted(times))
+        self.assertLess(times[0], times[-1])
+
+    def test_the_log_stands_still_while_nothing_is_generated(self):
+        """No line while the model loads or the user types."""
+        session = self.start_fake("""
+            wait_for("loaded")
+            report()
+            next_prompt()
+            report()
+            next_prompt()
+            """)
+        session.read_until(">>> ")
+        self.assert_no_line_comes(session)
+        session.release("loaded")
+        session.send("Hello!\n")
+        session.read_until(">>> ")
+        self.assert_no_line_comes(session)
+
+    def assert_no_line_comes(self, session):
+        before = session.errors
+        with self.assertRaises(subprocess.TimeoutExpired):
+            session.process.wait(0.7)
+        self.assertEqual(session.errors, before)
+
+    def test_a_name_with_spaces_and_parentheses_is_one_field(self):
+        """Such a name does not shift the fields behind it."""
+        session = self.start_fake("""
+            open("/proc/self/comm", "w").write("in) R (fer ence")
+            report()
+            next_prompt()
+            report()
+            next_prompt()
+            """)
+        session.send("Hello!\n")
+        session.read_until(">>> ", ">>> ")
+        line, = session.log_lines
+        self.assertEqual(line["tcomm"], "in) R (fer ence")
+        self.assertEqual(int(line["pid"]), session.engine)
+
+    def test_cpu_use_is_measured_since_the_prompt(self):
+        """An engine that sleeps over its prompt uses 0 %, whatever it did before."""
+        session = self.start_fake("""
+            start = time.process_time()
+            while time.process_time() < start + 0.3:
+                pass
+            report()
+            next_prompt()
+            time.sleep(0.5)
+            report()
+            next_prompt()
+            """)
+        session.send("Hello!\n")
+        session.read_until(">>> ", ">>> ")
+        for line in session.log_lines:
+            self.assertLess(float(line["cpu"]), 20)
+
+
+class AverageTest(SessionTestCase):
+    def average(self, *arguments):
+        return subprocess.run([sys.executable, TOP / "avg_cpu_use.py", *arguments],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              universal_newlines=True, timeout=PATIENCE)
+
+    def average_of(self, content):
+        log = self.folder() / "log"
+        log.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return self.average(log)
+
+    def assert_average(self, result, average):
+        self.assertEqual(result.stdout, f"average cpu usage: {average}%\n")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+
+    def assert_refused(self, result, *words):
+        self.assertEqual((result.returncode, result.stdout), (1, ""))
+        self.assertRegex(result.stderr, r"\A[^\n]+\n\Z")
+        for word in words:
+            self.assertIn(word, result.stderr)
+
+    def test_the_log_of_a_session_is_averaged(self):
+        """What main wrote is what avg_cpu_use.py reads."""
+        session = self.run_to_end(MAIN, "-d", "tests/tiny", 42, said="Hello!\nHow are you?\n")
+        uses = [float(line["cpu"]) for line in session.log_lines]
+        self.assertEqual(len(uses), 2)
+        self.assert_average(self.average_of(session.errors), f"{sum(uses) / 2:.2f}")
+
+    def test_the_average_is_printed_with_two_digits(self):
+        """average cpu usage: 98.76%"""
+        self.assert_average(self.average_of(GOOD_LINE.format("98.76")), "98.76")
+        three = "".join(map(GOOD_LINE.format, ("100.00", "0.00", "300.01")))
+        self.assert_average(self.average_of(three), "133.34")
+
+    def test_other_lines_are_skipped(self):
+        """Messages, garbage and a line that is cut short do not count."""
+        mixed = (b"main: something happened, 50%\n\xff\0\x80 [cpu%] 7.00%\n"
+                 + GOOD_LINE.format("40.00").encode() + b"\n[pid] 12 [tcomm] (inf"
+                 + b"\n" + GOOD_LINE.format("60.00").encode() + b"[cpu%] 1.00%\n")
+        self.assert_average(self.average_of(mixed), "50.00")
+
+    def test_a_file_without_a_log_line_is_refused(self):
+        """One line on stderr names the file and says what a log is; exit status 1."""
+        noise = bytes(random.Random(1).getrandbits(8) for _ in range(100_000))
+        for name, content in (("empty", b""), ("foreign", b"Dear diary,\n50%\n"),
+                              ("binary", noise)):
+            with self.subTest(name):
+                self.assert_refused(self.average_of(content), "/log", "2>log")
+
+    def test_a_file_that_cannot_be_read_is_refused(self):
+        """One line on stderr names the file and the cause; exit status 1."""
+        folder = self.folder()
+        self.assert_refused(self.average(folder / "none"), "none", "No such file")
+        self.assert_refused(self.average(folder), str(folder), "directory")
+
+    def test_wrong_usage_is_told(self):
+        """Usage on stderr, exit status 2."""
+        for arguments in ((), ("log", "another"), ("--bad", "log")):
+            with self.subTest(arguments):
+                result = self.average(*arguments)
+                self.assertEqual((result.returncode, result.stdout), (2, ""))
+                self.assertIn("usage:", result.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,237 @@
+"""No model.bin, however damaged or hostile, does more harm than one line: no signal, no hang, no
+memory without bounds.
+"""
+import itertools
+import os
+import random
+import struct
+import unittest
+
+from probes import RefusalTestCase, kernel_tables, probe
+from support import INFERENCE, TINY
+
+HEADER = "<Ii7iBi"  # as in GOOD
+FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
+GOOD = dict(magic=0x616B3432, version=2, dim=128, hidden_dim=192, n_layers=2, n_heads=4,
+            n_kv_heads=2, vocab_size=100, seq_len=64, shared_classifier=1, group_size=64)
+MEMORY_LIMIT = 500_000  # kB; a sanitizer takes some
+SPARSE_MAX = 1 << 40    # bytes; any file system takes a file of zeros of that size
+INT_MAX, INT_MIN = 2 ** 31 - 1, -2 ** 31
+
+
+def header_of(config):
+    return struct.pack(HEADER, *config.values()).ljust(256, b"\0")
+
+
+def config_of(header):
+    return dict(zip(GOOD, struct.unpack_from(HEADER, header)))
+
+
+def layout(c):
+    """Where each kind of data starts in the file of a configuration; its size as "end"."""
+    kv_dim = c["dim"] // c["n_heads"] * c["n_kv_heads"]
+    embedding, square = (1, c["vocab_size"], c["dim"]), (c["n_layers"], c["dim"], c["dim"])
+    narrow, wide = (c["n_layers"], kv_dim, c["dim"]), (c["n_layers"], c["hidden_dim"], c["dim"])
+    tensors = {"embedding": embedding, "wq": square, "wk": narrow, "wv": narrow, "wo": square,
+               "w1": wide, "w2": wide, "w3": wide}
+    if not c["shared_classifier"]:
+        tensors["classifier"] = embedding
+    norm = 4 * c["dim"]
+    starts = {"rms_att_weight": 256, "rms_ffn_weight": 256 + c["n_layers"] * norm,
+              "rms_final_weight": 256 + 2 * c["n_layers"] * norm}
+    at = 256 + (2 * c["n_layers"] + 1) * norm
+    for name, (count, rows, cols) in tensors.items():
+        starts[f"scales of {name}"] = at + rows * cols  # those of the first layer
+        at += count * (rows * cols + rows * cols // 64 * 4)
+    return {**starts, "end": at}
+
+
+def is_sound(c):
+    """Whether a loader may take a file with this header, if its size is right."""
+    return (min(c[name] for name in FIELDS) > 0 and c["dim"] % 64 == c["hidden_dim"] % 64 == 0
+            and c["dim"] % (2 * c["n_heads"]) == 0 and c["n_heads"] % c["n_kv_heads"] == 0
+            and all(c[name] == GOOD[name] for name in ("magic", "version", "group_size")))
+
+
+class HostileFileTest(RefusalTestCase):
+    def setUp(self):
+        self.hostile = self.folder()
+        self.paths = []
+
+    def add(self, content, size):
+        """One more file of this size, zeros behind its content; they take no room on the disk."""
+        path = self.hostile / f"{len(self.paths)}.bin"
+        with open(path, "wb") as file:
+            file.write(content)
+            file.truncate(size)
+        self.paths.append(path)
+
+    def load_all(self):
+        """Pairs of whether a file was loaded and, if not, its line; none does any harm."""
+        result = probe("load", *self.paths)
+        said, lines = result.stdout.decode().split(), result.stderr.decode().splitlines()
+        self.assertEqual((result.returncode, len(said)), (0, len(self.paths) + 1), lines[-30:])
+        self.assertLess(int(said.pop()), MEMORY_LIMIT)
+        loaded = [word == "loaded" for word in said]
+        self.assertEqual(len(lines), loaded.count(False), "one line for each that is refused")
+        results = [(each, None if each else lines.pop(0)) for each in loaded]
+        for path, (_, line) in zip(self.paths, results):
+            if line and "not enough memory" not in line:
+                self.assert_refusal(line, path)
+        return results
+
+    def assert_all_refused(self, *hints):
+        """Each file is refused; hints name them in a failure."""
+        for hint, (loaded, _) in zip(hints, self.load_all()):
+            self.assertFalse(loaded, hint)
+
+    def assert_headers_refused(self, *changes, sized=True):
+        """Changes of the good header's fields, each in a file of the size that it announces."""
+        for change in changes:
+            config = {**GOOD, **change}
+            self.add(header_of(config), layout(config if sized else GOOD)["end"])
+        self.assert_all_refused(*changes)
+
+    def test_good_files(self):
+        """What the other tests make worse is loaded as it is, with its own classifier as well."""
+        for shared in (0, 1):
+            config = {**GOOD, "shared_classifier": shared}
+            self.add(header_of(config), layout(config)["end"])
+        self.assertEqual(self.load_all(), [(True, None)] * 2)
+
+    def test_any_other_shared_classifier_means_yes(self):
+        """The byte is a truth value, as in llama2.c; a file without a classifier must say so."""
+        for shared in (2, 128, 255):
+            self.add(header_of({**GOOD, "shared_classifier": shared}), layout(GOOD)["end"])
+        self.add(header_of({**GOOD, "shared_classifier": 0}), layout(GOOD)["end"])
+        self.assertEqual([loaded for loaded, _ in self.load_all()], [True, True, True, False])
+
+    def test_foreign_formats(self):
+        """Another magic number, version or group size is refused, whatever the size."""
+        self.assert_headers_refused(
+            {"magic": 0x616B3431}, {"magic": 0}, {"magic": 0x3234_6B61}, {"version": 1},
+            {"version": 3}, {"version": 0}, {"version": -2}, {"group_size": 32}, {"group_size": 0},
+            {"group_size": -1}, {"group_size": 128}, {"group_size": -64}, {"group_size": INT_MAX})
+
+    def test_fields_out_of_range(self):
+        """No field may be zero, negative or beyond all reason."""
+        self.assert_headers_refused(*({field: value} for field in FIELDS
+                                      for value in (0, -1, -64, INT_MIN, INT_MAX)), sized=False)
+
+    def test_fields_that_do_not_divide(self):
+        """Groups of 64, heads that share keys evenly and an even head size are asked for."""
+        self.assert_headers_refused(
+            {"dim": 64 + 32}, {"dim": 32}, {"dim": 129}, {"hidden_dim": 100}, {"hidden_dim": 63},
+            {"n_heads": 3, "n_kv_heads": 1}, {"n_heads": 6, "n_kv_heads": 3}, {"n_kv_heads": 3},
+            {"n_kv_heads": 8}, {"n_heads": 128, "n_kv_heads": 1}, {"n_heads": 256, "n_kv_heads": 1},
+            {"dim": 192, "n_heads": 64, "n_kv_heads": 2})
+
+    def test_products_that_overflow(self):
+        """A file is refused whose size is the announced one only in 32 bits or in 64."""
+        changes = ({"vocab_size": 1 << 24, "dim": 4096}, {"vocab_size": 1 << 30, "dim": 64},
+                   {"dim": 65536, "hidden_dim": 65536, "n_layers": 1024},
+                   {"dim": 1 << 30, "hidden_dim": 1 << 30, "n_layers": 1 << 30},
+                   {field: INT_MAX // 64 * 64 for field in FIELDS})
+        hints = []
+        for change in changes:
+            config = {**GOOD, **change}
+            end = layout(config)["end"]
+            for wrapped in {end % 2 ** 31, end % 2 ** 32, end % 2 ** 64} - {end}:
+                self.add(header_of(config), min(max(wrapped, 256), SPARSE_MAX))
+                hints.append(change)
+        self.assert_all_refused(*hints)
+
+    def test_wrong_sizes(self):
+        """A file that is not of exactly the announced size is refused, a huge one too."""
+        end = layout(GOOD)["end"]
+        sizes = (256, 257, end // 2, end - 4, end - 1, end + 1, end + 4, 2 * end, 1 << 32,
+                 (1 << 32) + end, SPARSE_MAX)
+        for size in sizes:
+            self.add(header_of(GOOD), size)
+        self.assert_all_refused(*sizes)
+
+    def test_an_honest_giant(self):
+        """A file of a terabyte that announces just that is loaded or refused, but not read."""
+        config = {**GOOD, "dim": 65536, "hidden_dim": 65536, "n_layers": 1, "vocab_size": 1 << 23}
+        self.add(header_of(config), layout(config)["end"])
+        config = {**GOOD, "n_layers": 1024, "seq_len": 1 << 20}
+        self.add(header_of(config), layout(config)["end"])
+        self.load_all()
+
+    def test_random_damage(self):
+        """Random bytes in a header, or random sound and unsound fields, never do any harm."""
+        rng = random.Random(7)
+        configs = []
+        for _ in range(100):
+            header = bytearray(header_of(GOOD))
+            for _ in range(rng.randrange(1, 4)):
+                header[rng.randrange(8, 41)] = rng.choice((0, 1, 2, 64, 127, 128, 255,
+                                                           rng.randrange(256)))
+            configs.append(config_of(header))
+            self.add(bytes(header), layout(GOOD)["end"])
+        for _ in range(150):
+            config = {**GOOD, "n_heads": rng.choice((1, 2, 3, 4, 16, 32, 64, 96)),
+                      "n_kv_heads": rng.choice((1, 1, 2, 3, 4, 32)),
+                      "dim": rng.choice((64, 128, 192, 320, 100, 4096, 65536)),
+                      "hidden_dim": rng.choice((64, 192, 96, 1024, 65536)),
+                      "n_layers": rng.choice((1, 2, 5, 1024)),
+                      "vocab_size": rng.choice((1, 2, 77, 1000, 1 << 24)),
+                      "seq_len": rng.choice((1, 2, 63, 64, 1000, 1 << 20)),
+                      "shared_classifier": rng.randrange(2)}
+            configs.append(config)
+            self.add(header_of(config), min(layout(config)["end"], SPARSE_MAX))
+        results = [loaded for loaded, _ in self.load_all()]
+        for config, path, loaded in zip(configs, self.paths, results):
+            if loaded:
+                self.assertTrue(is_sound(config), config)
+                self.assertEqual(path.stat().st_size, layout(config)["end"], config)
+        self.assertGreater(results.count(True), 20)
+        self.assertGreater(results.count(False), 20)
+
+
+class EngineTest(RefusalTestCase):
+    """./inference with a model.bin beside the tiny model's tokenizer.bin."""
+
+    def setUp(self):
+        self.path = self.folder() / "model.bin"
+        (self.path.parent / "tokenizer.bin").symlink_to(TINY / "tokenizer.bin")
+        self.good = (TINY / "model.bin").read_bytes()
+
+    def test_what_is_no_regular_file(self):
+        """A model that is missing, a folder, a device or a pipe is refused."""
+        self.assert_refused(self.path)
+        self.path.mkdir()
+        self.assert_refused(self.path)
+        self.path.rmdir()
+        self.path.symlink_to("/dev/zero")
+        self.assert_refused(self.path)
+        self.path.unlink()
+        os.mkfifo(self.path)
+        self.assert_refused(self.path)
+
+    def test_foreign_and_incomplete_files(self):
+        """So is a file that is empty, too short for a header, cut, too long or something else."""
+        good = self.good
+        for content in (b"", good[:1], good[:255], good[:256], good[:len(good) // 2], good[:-1],
+                        good + b"\0", bytes(1000), b"\x89PNG\r\n\x1a\n" * 100, b"text\n" * 100):
+            with self.subTest(content[:20], size=len(content)):
+                self.path.write_bytes(content)
+                self.assert_refused(self.path)
+
+    def test_numbers_that_are_none(self):
+        """A scale or norm weight that is infinite or no number ends the session with one line."""
+        starts = layout(config_of(self.good))
+        self.assertEqual(starts.pop("end"), len(self.good))
+        for table in kernel_tables():
+            for (name, at), value in itertools.product(starts.items(), ("nan", "-inf")):
+                with self.subTest(name, table=table, value=value):
+                    self.path.write_bytes(self.good[:at] + struct.pack("<f", float(value))
+                                          + self.good[at + 4:])
+                    session = self.run_to_end(INFERENCE, "-d", self.path.parent, 1, "Hello",
+                                              env={"KERNELS": table})
+                    self.assertEqual((session.status, session.text), (1, ""))
+                    self.assertRegex(session.errors, r"^[^\n]*not finite[^\n]*\n$")
+
+
+if __name__ == "__main__":
+    unittest.main()

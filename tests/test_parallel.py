@@ -1,0 +1,174 @@
+"""The pool of threads: the text of one thread, the front end's rules, nothing left running."""
+import os
+import re
+import resource
+import signal
+import time
+import unittest
+
+from support import (INFERENCE, MAIN, TINY, TOP, Process, SessionTestCase, processes, replies,
+                     wait_until)
+
+PARALLEL = TOP / "parallel"
+PROMPTS = ("My name is Zelda.", "Tell me a story.", "What is my name?")
+USAGE = re.compile(r"(?:Thread (\d+) has completed|main thread|Whole process)"
+                   r" - user: \d+\.\d{4} s, system: \d+\.\d{4} s")
+
+
+def threads_of(pid):
+    """The thread ids of a process."""
+    return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+
+
+class TextTest(SessionTestCase):
+    def test_every_number_of_threads_gives_the_text_of_one(self):
+        """parallel says what inference says, for 1 to 16 threads and the most there may be."""
+        expected = replies(self.run_to_end(INFERENCE, "-d", TINY, 42, *PROMPTS).text)
+        self.assertEqual(len(expected), 3)
+        for threads in (*range(1, 17), 64):
+            with self.subTest(threads=threads):
+                session = self.run_to_end(PARALLEL, "-d", TINY, threads, 42, *PROMPTS)
+                self.assertEqual(replies(session.text), expected)
+                self.assertEqual((session.status, session.errors), (0, ""))
+
+    def test_a_long_prompt_gives_the_same_text(self):
+        """A prompt of several passes is shared out by tokens, not by rows."""
+        prompt = "What is a pipe? " * 60
+        expected = replies(self.run_to_end(INFERENCE, "-d", TINY, 7, prompt).text)
+        for threads in (2, 3, 8):
+            session = self.run_to_end(PARALLEL, "-d", TINY, threads, 7, prompt)
+            self.assertEqual(replies(session.text), expected)
+
+    def test_prompts_from_stdin(self):
+        """Without prompts on the command line they are read, one per line."""
+        expected = replies(self.run_to_end(INFERENCE, "-d", TINY, 42, *PROMPTS).text)
+        session = self.run_to_end(PARALLEL, "-d", TINY, 2, 42, said="\n".join(PROMPTS))
+        self.assertEqual(replies(session.text), expected)
+
+
+class UsageTest(SessionTestCase):
+    def test_the_time_of_each_thread_is_told(self):
+        """A line per thread, then the main thread and the whole process."""
+        for threads in (1, 2, 5):
+            text = self.run_to_end(PARALLEL, "-d", TINY, threads, 42, "Hello!").text
+            lines = text.splitlines()[-threads - 2:]
+            self.assertEqual([match and match[1] for match in map(USAGE.fullmatch, lines)],
+                             [*map(str, range(threads)), None, None])
+            self.assertTrue(lines[-2].startswith("main thread"), text)
+            self.assertTrue(lines[-1].startswith("Whole process"), text)
+            self.assertEqual(text.count(" - user: "), threads + 2)
+
+    def test_bad_thread_counts_are_refused(self):
+        """0, negative, no number, beyond the limit: told, with the usage, exit status 2."""
+        for count in ("0", "-1", "two", "2x", "", "65", "99999999999999999999"):
+            with self.subTest(count):
+                session = self.run_to_end(PARALLEL, "-d", TINY, count, 42, "x")
+                self.assertEqual((session.status, session.text), (2, ""))
+                self.assertIn("Usage: ", session.errors)
+                session = self.run_to_end(MAIN, "-d", TINY, "-j", count, 42)
+                self.assertEqual((session.status, session.text), (2, ""))
+        for arguments in ((), (2,), (2, "x")):
+            self.assertEqual(self.run_to_end(PARALLEL, *arguments).status, 2)
+
+    def test_a_pool_that_cannot_be_created_says_so(self):
+        """With no memory left for the threads' stacks it tells which one failed; exit status 1."""
+        def limit_memory():
+            resource.setrlimit(resource.RLIMIT_AS, (256 << 20, 256 << 20))
+        session = self.run_to_end(PARALLEL, "-d", TINY, 64, 42, "x", prepare=limit_memory)
+        self.assertEqual(session.status, 1)
+        self.assertRegex(session.errors, r"\AThread \d+ of 64 cannot be created: .+\.\n\Z")
+
+
+class FrontEndTest(SessionTestCase):
+    def start_pool(self, *options, directory=TINY):
+        session = self.start(MAIN, "-d", directory, "-j", 3, *options)
+        session.read_until(">>> ")
+        return session
+
+    def test_the_chat_remembers(self):
+        """main -j holds a conversation, and passes on what the engine tells at its end."""
+        session = self.start_pool(42)
+        self.assertEqual(session.ask("My name is Zelda."), "Hello Zelda! How can I help you?\n")
+        session.ask("What is a pipe?")
+        self.assertEqual(session.ask("What is my name?"), "Your name is Zelda.\n")
+        session.end_input()
+        self.assert_ends(session, 0, "0")
+        self.assertEqual(len(USAGE.findall(session.text)), 5)
+        self.assertEqual({line["tcomm"] for line in session.log_lines}, {"parallel"})
+
+    def test_the_log_passes_100_percent(self):
+        """cpu% is that of all threads."""
+        if len(os.sched_getaffinity(0)) < 2:
+            self.skipTest("there is one CPU only")
+        session = self.start_pool(42, directory=self.noise_model())
+        for _ in range(20):  # on a busy machine two threads may get one CPU for some time
+            session.ask("Go on.")
+            if any(float(line["cpu"]) > 110 for line in session.log_lines):
+                return
+        self.fail(session.errors)
+
+    def test_policy_and_nice_reach_every_thread(self):
+        """What is set before exec is inherited; a nice value belongs to each thread by itself."""
+        session = self.start_pool("-s", "BATCH", "-n", 7, 42)
+        session.ask("Hello!")
+        threads = threads_of(session.engine)
+        self.assertEqual(len(threads), 4)
+        for thread in threads:
+            self.assertEqual(os.sched_getscheduler(thread), os.SCHED_BATCH)
+            self.assertEqual(os.getpriority(os.PRIO_PROCESS, thread), 7)
+
+    def test_deadline_reaches_every_thread(self):
+        """SCHED_DEADLINE is not inherited: it is set for each thread when the engine is ready."""
+        session = self.start(MAIN, "-d", TINY, "-j", 3, "-s", "DEADLINE", "-D", "1ms:10ms:10ms", 42)
+        session.send("Hello!\n")
+        session.end_input()
+        if session.finish() == 1:
+            self.assertIn("SCHED_DEADLINE", session.errors)
+            self.skipTest(session.errors.strip())
+        self.assertEqual({line["policy"] for line in session.log_lines}, {"SCHED_DEADLINE"})
+
+    def test_an_idle_chat_uses_no_cpu(self):
+        """Between prompts all threads sleep."""
+        session = self.start_pool("-m", 50, 42, directory=self.noise_model())
+        session.ask("Hello!")
+
+        def ticks():
+            return next(process.cpu_time for process in processes()
+                        if process.pid == session.engine)
+        wait_until(lambda: all(self.state(session.engine, thread) == "S"
+                               for thread in threads_of(session.engine)), "all threads sleep")
+        before = ticks()
+        time.sleep(0.5)  # long enough for a busy loop to show
+        self.assertLessEqual(ticks() - before, 0.02)
+
+    @staticmethod
+    def state(pid, thread):
+        with open(f"/proc/{pid}/task/{thread}/stat") as stat:
+            return Process(stat.read()).state
+
+    def test_interrupts_and_death_while_generating(self):
+        """As with one thread: passed on and told; a killed engine is noticed at once."""
+        for number, status, said in ((signal.SIGINT, 130, "130 (SIGINT)"),
+                                     (signal.SIGTERM, 143, "143 (SIGTERM)")):
+            session = self.start_pool("-m", 900, 42, directory=self.noise_model())
+            session.send("Go on.\n")
+            session.wait_for_log_lines(1)
+            session.signal(number)
+            self.assert_ends(session, status, said)
+        session = self.start_pool("-m", 900, 42, directory=self.noise_model())
+        session.send("Go on.\n")
+        session.wait_for_log_lines(1)
+        os.kill(session.engine, signal.SIGKILL)
+        self.assert_ends(session, 1, "137 (SIGKILL)")
+
+    def test_the_end_of_the_input_lets_the_reply_finish(self):
+        """The prompt before the end of the input is answered."""
+        session = self.start_pool(42)
+        session.send("What is a pipe?")
+        session.end_input()
+        self.assert_ends(session, 0, "0")
+        self.assertIn("one-way channel", session.text)
+
+
+if __name__ == "__main__":
+    unittest.main()

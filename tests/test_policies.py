@@ -1,0 +1,154 @@
+"""Every scheduling policy, set by main with the kernel's consent or refused with the cause."""
+import os
+import resource
+import subprocess
+import sys
+import unittest
+
+from support import LIBC, MAIN, PATIENCE, TINY, SessionTestCase
+
+SCHED_DEADLINE = 6  # not in the os module
+PR_CAPBSET_DROP, CAP_SYS_NICE = 24, 23
+TIMES = ("-D", "10ms:20ms:20ms")
+
+
+def drop_privilege():
+    """Between fork and exec: without CAP_SYS_NICE, whoever runs the tests."""
+    LIBC.prctl(PR_CAPBSET_DROP, CAP_SYS_NICE, 0, 0, 0)
+    resource.setrlimit(resource.RLIMIT_NICE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_RTPRIO, (0, 0))
+
+
+def works(action):
+    """Whether this python statement on os works, in a process of its own."""
+    return subprocess.run([sys.executable, "-c", f"import os; {action}"], timeout=PATIENCE,
+                          stderr=subprocess.DEVNULL).returncode == 0
+
+
+class PolicyTestCase(SessionTestCase):
+    def need_real_time(self):
+        if not works("os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))"):
+            self.skipTest("real-time policies need CAP_SYS_NICE")
+
+    def need_all_cpus(self):
+        self.need_real_time()
+        if len(os.sched_getaffinity(0)) < os.cpu_count():
+            self.skipTest("SCHED_DEADLINE needs an affinity of all CPUs")
+
+
+class PolicyTest(PolicyTestCase):
+    def assert_policy(self, options, name, number, nice=None, priority=0):
+        """A chat with these options runs, and the log and the kernel show the policy."""
+        with self.subTest(options):
+            session = self.chat(*options, 42)
+            session.read_until(">>> ")
+            session.ask("Hello!")
+            line, = session.log_lines
+            self.assertEqual(line["policy"], name)
+            own = os.getpriority(os.PRIO_PROCESS, 0)
+            self.assertEqual(int(line["nice"]), own if nice is None else nice)
+            self.assertEqual(os.sched_getscheduler(session.engine), number)
+            self.assertEqual(os.sched_getparam(session.engine).sched_priority, priority)
+            self.assertEqual(os.sched_getscheduler(session.pid), os.sched_getscheduler(0))
+            session.end_input()
+            self.assert_ends(session, 0, "0")
+
+    def test_other_and_batch_take_a_nice_value(self):
+        """SCHED_OTHER, SCHED_NORMAL, which is the same, and SCHED_BATCH with -n."""
+        self.assert_policy((), "SCHED_OTHER", os.SCHED_OTHER)
+        self.assert_policy(("-n", 19), "SCHED_OTHER", os.SCHED_OTHER, nice=19)
+        for name, number in (("OTHER", os.SCHED_OTHER), ("BATCH", os.SCHED_BATCH)):
+            self.assert_policy(("-s", name), f"SCHED_{name}", number)
+            self.assert_policy(("-s", name, "-n", 19), f"SCHED_{name}", number, nice=19)
+        self.assert_policy(("-s", "NORMAL", "-n", 19), "SCHED_OTHER", os.SCHED_OTHER, nice=19)
+
+    def test_idle_takes_a_nice_value(self):
+        """SCHED_IDLE keeps the nice value that it is given."""
+        self.assert_policy(("-s", "SCHED_IDLE"), "SCHED_IDLE", os.SCHED_IDLE)
+        self.assert_policy(("-s", "SCHED_IDLE", "-n", 19), "SCHED_IDLE", os.SCHED_IDLE, nice=19)
+
+    def test_a_negative_nice_value_is_set(self):
+        """-n -20 is the lower end of the range."""
+        if not works("os.setpriority(os.PRIO_PROCESS, 0, -20)"):
+            self.skipTest("a negative nice value needs CAP_SYS_NICE")
+        self.assert_policy(("-n", -20), "SCHED_OTHER", os.SCHED_OTHER, nice=-20)
+        self.assert_policy(("-s", "BATCH", "-n", -1), "SCHED_BATCH", os.SCHED_BATCH, nice=-1)
+
+    def test_fifo_and_rr_take_a_priority(self):
+        """-r 1 to 99, 1 if it is not given."""
+        self.need_real_time()
+        for name, number in (("FIFO", os.SCHED_FIFO), ("RR", os.SCHED_RR)):
+            self.assert_policy(("-s", name), f"SCHED_{name}", number, priority=1)
+            self.assert_policy(("-s", name, "-r", 99), f"SCHED_{name}", number, priority=99)
+
+    def test_deadline_takes_three_times(self):
+        """-D runtime:deadline:period in ms, us or nanoseconds."""
+        self.need_all_cpus()
+        for times in ("10ms:20ms:20ms", "10000us:20ms:20000000"):
+            self.assert_policy(("-s", "DEADLINE", "-D", times), "SCHED_DEADLINE", SCHED_DEADLINE)
+
+    def test_names_are_taken_in_any_case(self):
+        """With and without SCHED_."""
+        for name in ("SCHED_BATCH", "BATCH", "batch", "sched_batch", "Sched_Batch"):
+            self.assert_policy(("-s", name), "SCHED_BATCH", os.SCHED_BATCH)
+
+    def test_the_nice_value_is_main_s_own_by_default(self):
+        """An unprivileged user may start main with nice."""
+        def be_nice():
+            drop_privilege()
+            os.nice(5)
+        for options in ((), ("-s", "BATCH"), ("-s", "IDLE")):
+            session = self.chat(*options, 42, prepare=be_nice)
+            session.read_until(">>> ")
+            session.ask("Hello!")
+            nice = int(session.log_lines[0]["nice"])
+            self.assertEqual(nice, os.getpriority(os.PRIO_PROCESS, 0) + 5)
+
+
+class RefusalTest(PolicyTestCase):
+    def assert_refused(self, options, *words, prepare=None):
+        with self.subTest(options):
+            session = self.chat(*options, 42, prepare=prepare)
+            session.status = session.finish()
+            self.assertEqual(session.status, 1, session.text)
+            self.assertRegex(session.errors, r"\A[^\n]+\n\Z")
+            for word in words:
+                self.assertIn(word, session.errors)
+
+    def test_a_missing_privilege_is_told(self):
+        """EPERM names the policy and CAP_SYS_NICE; exit status 1 with stdin still open."""
+        lower = os.getpriority(os.PRIO_PROCESS, 0) - 1
+        for options in (("-s", "FIFO"), ("-s", "RR", "-r", 50), ("-s", "DEADLINE", *TIMES)):
+            self.assert_refused(options, f"SCHED_{options[1]}", "CAP_SYS_NICE",
+                                prepare=drop_privilege)
+        for policy in ("OTHER", "BATCH", "IDLE"):
+            self.assert_refused(("-s", policy, "-n", lower), f"SCHED_{policy}", "CAP_SYS_NICE",
+                                prepare=drop_privilege)
+
+    def test_an_affinity_too_narrow_for_deadline_is_told(self):
+        """EPERM in spite of the privilege: the message speaks of the affinity."""
+        self.need_all_cpus()
+        if os.cpu_count() == 1:
+            self.skipTest("one CPU is all there is")
+        cpu = min(os.sched_getaffinity(0))
+        self.assert_refused(("-s", "DEADLINE", *TIMES), "SCHED_DEADLINE", "affinity",
+                            prepare=lambda: os.sched_setaffinity(0, {cpu}))
+
+    def test_impossible_deadlines_are_told(self):
+        """EINVAL: the order of the three times, and their least value."""
+        for times in ("21ms:20ms:20ms", "10ms:20ms:19ms", "500:20ms:20ms", "0:0:0"):
+            self.assert_refused(("-s", "DEADLINE", "-D", times), "SCHED_DEADLINE",
+                                "runtime <= deadline <= period")
+
+    def test_a_refused_default_is_no_reason_to_end(self):
+        """Without -s and -n the engine keeps a policy of main's that it may not leave."""
+        def be_idle():
+            drop_privilege()
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        session = self.run_to_end(MAIN, "-d", TINY, 42, said="Hello!\n", prepare=be_idle)
+        self.assertEqual(session.status, 0, session.errors)
+        self.assertEqual([line["policy"] for line in session.log_lines], ["SCHED_IDLE"])
+
+
+if __name__ == "__main__":
+    unittest.main()

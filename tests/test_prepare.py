@@ -1,0 +1,221 @@
+"""make prepare, chat and clean touch the files they should and no other, and never leave half a
+file where a whole one belongs. Nothing here needs a network: wget and curl are scripts.
+"""
+import os
+import shutil
+import subprocess
+import unittest
+
+from support import PATIENCE, TOP, SessionTestCase
+
+URL = "https://huggingface.co/huangs0/smollm/resolve/main/"
+FILES = {"model.bin": (b"24ka", 143025664), "tokenizer.bin": (b"\x51\0\0\0", 725587)}
+
+# What the recipes may call besides a downloader.
+TOOLS = ("cat", "cp", "cut", "echo", "expr", "head", "mkdir", "mv", "od", "printf", "rm", "sed",
+         "sh", "stat", "test", "tr", "true", "wc")
+
+# What stands beside the Makefile in a used working copy.
+SOURCES = {"main.c", "model.h", "README.md", ".gitignore", "tests/run.py", "tests/tiny/model.bin",
+           "tests/tiny/tokenizer.bin", "log.txt", "other.bin"}
+MADE = {"main", "inference", "log", "tests/build/probe", "tests/__pycache__/run.pyc"}
+if (TOP / "parallel.c").exists():
+    MADE.add("parallel")
+
+# Writes down what it is asked for, and takes that from the folder "server". What is not there is
+# an interrupted download.
+DOWNLOADER = """\
+#!/bin/sh
+for word; do url=$word; done
+echo "$url" >>requests
+while [ "$1" != {option} ]; do shift; done
+cp "server/${{url##*/}}" "$2" && exit 0
+echo half >"$2"
+exit 4
+"""
+
+
+class MakeTestCase(SessionTestCase):
+    """A folder with nothing but the Makefile, and another that is all of the PATH."""
+
+    def setUp(self):
+        self.top = self.folder()
+        self.bin = self.folder()
+        shutil.copy(TOP / "Makefile", self.top)
+        for tool in filter(shutil.which, TOOLS):
+            (self.bin / tool).symlink_to(shutil.which(tool))
+
+    def make(self, *arguments):
+        """make's exit status and all that it says."""
+        # An outer make hands its own options down in the environment.
+        environment = {name: value for name, value in os.environ.items() if "MAKE" not in name
+                       and name != "MFLAGS"}
+        result = subprocess.run(
+            [shutil.which("make"), *arguments], cwd=self.top, timeout=PATIENCE,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**environment, "PATH": str(self.bin)})
+        return result.returncode, result.stdout.decode()
+
+    def write(self, *names):
+        """Files below the folder of the Makefile."""
+        for name in names:
+            path = self.top / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("as it was\n")
+
+    def copy_sources(self):
+        """What make wants to see; its compiler shall be true(1)."""
+        for source in TOP.glob("*.[ch]"):
+            shutil.copy(source, self.top)
+
+    def names(self):
+        """All that is in the folder of the Makefile, but for what the fake download uses."""
+        return {str(path.relative_to(self.top)) for path in self.top.rglob("*")
+                if path.is_file()} - {"Makefile", "requests", *(f"server/{name}" for name in FILES)}
+
+
+class PrepareTest(MakeTestCase):
+    def install(self, name, option):
+        """A downloader that takes the name of its output after this option."""
+        script = self.bin / name
+        script.write_text(DOWNLOADER.format(option=option))
+        script.chmod(0o755)
+
+    def serve(self, name, start, size):
+        """What the server has under a name: a sparse file of this size."""
+        (self.top / "server").mkdir(exist_ok=True)
+        with open(self.top / "server" / name, "wb") as file:
+            file.write(start)
+            file.truncate(size)
+
+    def serve_all(self):
+        for name, content in FILES.items():
+            self.serve(name, *content)
+
+    def requests(self):
+        path = self.top / "requests"
+        return path.read_text().split() if path.exists() else []
+
+    def assert_fetches(self, *installed):
+        self.serve_all()
+        for name, option in installed:
+            self.install(name, option)
+        status, said = self.make("prepare")
+        self.assertEqual(status, 0, said)
+        self.assertEqual(self.requests(), [URL + name for name in FILES])
+        self.assertEqual(self.names(), set(FILES))
+        for name, (start, size) in FILES.items():
+            with open(self.top / name, "rb") as file:
+                self.assertEqual((file.read(4), os.fstat(file.fileno()).st_size), (start, size))
+
+    def test_with_wget(self):
+        """Both files come from their place, and nothing else is left."""
+        self.assert_fetches(("wget", "-O"))
+
+    def test_with_curl(self):
+        """Likewise where there is no wget."""
+        self.assert_fetches(("curl", "-o"))
+
+    def test_with_neither(self):
+        """Without both the user is told what is needed, and nothing is left."""
+        status, said = self.make("prepare")
+        self.assertNotEqual(status, 0)
+        self.assertRegex(said, "needs wget or curl")
+        self.assertEqual(self.names(), set())
+
+    def test_present_files_are_left_alone(self):
+        """Only what is absent is fetched."""
+        self.serve_all()
+        self.install("wget", "-O")
+        self.write("model.bin")
+        status, said = self.make("prepare")
+        self.assertEqual((status, self.requests()), (0, [URL + "tokenizer.bin"]), said)
+        self.assertEqual((self.top / "model.bin").read_text(), "as it was\n")
+        status, said = self.make("prepare")
+        self.assertEqual((status, len(self.requests())), (0, 1), said)
+
+    def assert_failure_leaves(self, names, said_pattern):
+        status, said = self.make("prepare")
+        self.assertNotEqual(status, 0, said)
+        self.assertRegex(said, said_pattern)
+        self.assertEqual(self.names(), names)
+
+    def test_a_failed_download(self):
+        """It leaves no file, neither whole nor partial, and the next attempt starts anew."""
+        for downloader in (("wget", "-O"), ("curl", "-o")):
+            with self.subTest(downloader[0]):
+                self.install(*downloader)
+                self.assert_failure_leaves(set(), "model.bin could not be downloaded")
+                self.serve("model.bin", *FILES["model.bin"])
+                self.assert_failure_leaves({"model.bin"}, "tokenizer.bin could not be downloaded")
+                self.serve_all()
+                status, said = self.make("prepare")
+                self.assertEqual((status, self.names()), (0, set(FILES)), said)
+                (self.bin / downloader[0]).unlink()
+                shutil.rmtree(self.top / "server")
+                self.make("clean_bin")
+
+    def test_another_file_than_expected(self):
+        """A wrong size or a wrong start, a page of an error for example, is refused by its name."""
+        self.install("wget", "-O")
+        self.serve_all()
+        start, size = FILES["model.bin"]
+        for wrong in ((start, size - 1), (start, size + 1), (start, 4), (b"", 0), (b"<htm", size),
+                      (b"24kb", size)):
+            with self.subTest(wrong):
+                self.serve("model.bin", *wrong)
+                self.assert_failure_leaves(set(), "model.bin .*not the file expected")
+        self.serve("model.bin", *FILES["model.bin"])
+        self.serve("tokenizer.bin", b"\x52\0\0\0", FILES["tokenizer.bin"][1])
+        self.assert_failure_leaves({"model.bin"}, "tokenizer.bin .*not the file expected")
+
+    def test_only_prepare_downloads(self):
+        """Not even make -B, which builds everything anew, touches the network."""
+        self.copy_sources()
+        self.serve_all()
+        self.install("wget", "-O")
+        self.install("curl", "-o")
+        for target in ((), ("chat",), ("test",), ("clean",), ("clean_bin",)):
+            status, said = self.make("-B", "-n", *target)
+            self.assertEqual(status, 0, said)
+            self.assertNotRegex(said, "wget -|curl -|huggingface")
+        status, said = self.make("-B", "CC=true")
+        self.assertEqual((status, self.requests()), (0, []), said)
+
+
+class OtherTargetsTest(MakeTestCase):
+    def test_chat(self):
+        """Both files of this folder are used, else the small model; which one is told."""
+        self.copy_sources()
+        for present, folder, told in (
+                ((), "tests/tiny", "tests/tiny"), (("model.bin",), "tests/tiny", "tests/tiny"),
+                (("model.bin", "tokenizer.bin"), ".", "this folder")):
+            with self.subTest(present):
+                self.write(*present)
+                program = self.top / "main"
+                program.write_text("#!/bin/sh\necho called with $*\necho a line of the log >&2\n")
+                program.chmod(0o755)
+                status, said = self.make("chat", "CC=true")
+                self.assertEqual(status, 0, said)
+                self.assertIn(f"called with -d {folder} 42\n", said)
+                self.assertIn(told, said[:said.index("called with")])
+                self.assertEqual((self.top / "log").read_text(), "a line of the log\n")
+
+    def assert_removes(self, target, gone):
+        everything = {*SOURCES, *MADE, *FILES}
+        self.write(*everything)
+        for _ in range(2):  # the second time there is nothing to remove, which is no error
+            status, said = self.make(target)
+            self.assertEqual((status, self.names()), (0, everything - gone), said)
+
+    def test_clean(self):
+        """It removes the programs, the log and what the tests made; the downloads it keeps."""
+        self.assert_removes("clean", MADE)
+
+    def test_clean_bin(self):
+        """It removes the downloads alone."""
+        self.assert_removes("clean_bin", set(FILES))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,509 @@
+"""The two processes: signals, deaths, closed files, bad arguments. Nothing hangs or is left."""
+import os
+import shutil
+import signal
+import struct
+import time
+import unittest
+
+from support import AT_ONCE, INFERENCE, MAIN, TINY, SessionTestCase, replies, wait_until
+
+# Bodies of fake engines
+LOADING = """
+say("loading")
+time.sleep(600)
+"""
+GENERATING = """
+report()
+next_prompt()
+say("Well, ")
+time.sleep(600)
+"""
+SLOW_REPLIES = """
+report()
+while True:
+    next_prompt()
+    say("Well, ")
+    wait_for("done")
+    say("done.\\n")
+    report()
+"""
+TYPING = """
+report()
+next_prompt()
+"""
+LATE = """
+wait_for("loaded")
+"""
+STUBBORN = """
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+"""
+INTERRUPTS = ((signal.SIGINT, 130, "130 (SIGINT)"), (signal.SIGTERM, 143, "143 (SIGTERM)"))
+
+
+class PhaseTestCase(SessionTestCase):
+    """Brings sessions into the phases in which something can happen."""
+
+    def setUp(self):
+        self.phases = (self.loading, self.typing, self.generating)
+
+    def loading(self, **options):
+        session = self.start_fake(LOADING, **options)
+        session.read_until("loading")
+        return session
+
+    def typing(self, **options):
+        session = self.chat(42, **options)
+        session.read_until(">>> ")
+        session.ask("Hello!")
+        return session
+
+    def generating(self, **options):
+        session = self.start(MAIN, "-d", self.noise_model(), "-m", 2000, 3, **options)
+        session.read_until(">>> ")
+        session.send("Hello!\n")
+        session.wait_for_log_lines(1)
+        return session
+
+
+class InterruptTest(PhaseTestCase):
+    def test_an_interrupt_ends_the_chat_at_any_moment(self):
+        """SIGINT and SIGTERM are passed on, the child is reaped, its end is told; 130 or 143."""
+        for number, status, said in INTERRUPTS:
+            for phase in self.phases:
+                with self.subTest(said, phase=phase.__name__):
+                    session = phase()
+                    session.signal(number)
+                    self.assert_ends(session, status, said)
+
+    def test_ctrl_c_ends_the_chat_at_any_moment(self):
+        """The terminal sends SIGINT to both processes; whoever dies first, it is an interrupt."""
+        for phase in self.phases:
+            with self.subTest(phase.__name__):
+                session = phase(terminal=True)
+                session.send("\x03")
+                self.assert_ends(session, 130, "130 (SIGINT)")
+
+    def test_ctrl_c_while_a_line_is_half_typed(self):
+        """What was typed does not matter."""
+        session = self.typing(terminal=True)
+        session.send("What is")
+        session.read_until("What is")
+        session.send("\x03")
+        self.assert_ends(session, 130, "130 (SIGINT)")
+
+    def test_a_second_interrupt_changes_nothing(self):
+        """Impatient users get the same end."""
+        session = self.typing()
+        session.signal(signal.SIGSTOP)
+        session.signal(signal.SIGINT)
+        session.signal(signal.SIGINT)
+        os.kill(session.engine, signal.SIGINT)
+        session.signal(signal.SIGCONT)
+        self.assert_ends(session, 130, "130 (SIGINT)")
+
+    def test_a_death_beside_an_interrupt_is_an_interrupt(self):
+        """If the engine is dead and SIGINT is pending, the user wanted the end."""
+        session = self.typing()
+        session.signal(signal.SIGSTOP)
+        os.kill(session.engine, signal.SIGKILL)
+        session.signal(signal.SIGINT)
+        session.signal(signal.SIGCONT)
+        self.assert_ends(session, 130, "130 (SIGINT)")
+
+    def test_an_engine_that_ignores_interrupts_is_killed(self):
+        """main waits two seconds for it, and no longer."""
+        sessions = []
+        for body, reached in ((LOADING, "loading"), (GENERATING, "Well, ")):
+            for interrupt in INTERRUPTS:
+                session = self.start_fake(STUBBORN + body)
+                session.send("Hello!\n")
+                session.read_until(reached)
+                sessions.append((session, interrupt))
+        start = time.monotonic()
+        for session, (number, _, _) in sessions:
+            session.signal(number)
+        for session, (_, status, said) in sessions:
+            self.assert_ends(session, status, said)
+        self.assertLess(time.monotonic() - start, 2 + AT_ONCE)
+
+    def test_a_stopped_engine_is_interrupted_too(self):
+        """main wakes it, so that it can die."""
+        session = self.typing()
+        os.kill(session.engine, signal.SIGSTOP)
+        start = time.monotonic()
+        session.signal(signal.SIGTERM)
+        self.assert_ends(session, 143, "143 (SIGTERM)")
+        self.assertLess(time.monotonic() - start, AT_ONCE)
+
+    def test_signals_that_the_parent_ignores_do_not_matter(self):
+        """A shell that ignores or blocks them starts a main that works and ends as ever."""
+        def ignore():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGCHLD):
+                signal.signal(number, signal.SIG_IGN)
+
+        def block():
+            signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
+
+        interrupted = []
+        for prepare in (ignore, block):
+            for number, status, said in INTERRUPTS:
+                session = self.typing(prepare=prepare)
+                session.signal(number)
+                interrupted.append((session, status, said))
+            session = self.typing(prepare=prepare)
+            session.end_input()
+            self.assert_ends(session, 0, "0")
+            session = self.typing(prepare=prepare)
+            os.kill(session.engine, signal.SIGKILL)
+            self.assert_ends(session, 1, "137 (SIGKILL)")
+        for session, status, said in interrupted:
+            self.assert_ends(session, status, said)
+
+    def test_a_terminal_that_goes_away_leaves_nothing_behind(self):
+        """Closing the window ends both processes."""
+        for phase in self.phases:
+            with self.subTest(phase.__name__):
+                session = phase(terminal=True)
+                session.hang_up()
+                session.wait_for_orphans()
+
+
+class EndOfInputTest(PhaseTestCase):
+    def test_ctrl_d_ends_the_chat(self):
+        """At an empty line of a terminal Ctrl-D is the end of the input: status 0."""
+        session = self.typing(terminal=True)
+        session.send("\x04")
+        self.assert_ends(session, 0, "0")
+
+    def test_ctrl_d_behind_half_a_line_is_not_the_end(self):
+        """The terminal hands over what was typed; the prompt goes on until its newline."""
+        session = self.chat(42, terminal=True)
+        session.read_until(">>> ")
+        session.send("My name\x04")
+        self.assertIn("Hello Zelda!", session.ask(" is Zelda."))
+
+    def test_the_end_of_the_input_lets_the_model_load(self):
+        """It is found once input is taken, after the model is loaded."""
+        for terminal in (False, True):
+            with self.subTest(terminal=terminal):
+                session = self.start_fake(LATE + TYPING, terminal=terminal)
+                session.read_until(">>> ")
+                session.end_input()
+                session.release("loaded")
+                self.assert_ends(session, 0, "0")
+
+    def test_the_end_of_the_input_lets_the_reply_finish(self):
+        """All of the reply is shown, and main does not spin meanwhile."""
+        for terminal in (False, True):
+            with self.subTest(terminal=terminal):
+                session = self.start_fake(SLOW_REPLIES, terminal=terminal)
+                session.send("Hello!\n")
+                session.read_until("Well, ")
+                session.end_input()
+                session.wait_for_log_lines(3)
+                main, = [process for process in session.family() if process.pid == session.pid]
+                self.assertLess(main.cpu_time, 0.3)
+                session.release("done")
+                self.assert_ends(session, 0, "0")
+                self.assertIn("done.\n>>> \nChild", session.text)
+
+    def test_the_end_of_the_input_lets_the_real_engine_finish(self):
+        """The text is that of a chat whose input stays open."""
+        prompt = "Write a Python program to generate Fibonacci numbers."
+        session = self.chat(42)
+        session.read_until(">>> ")
+        reply = session.ask(prompt)
+        ended = self.run_to_end(MAIN, "-d", TINY, 42, said=prompt + "\n")
+        self.assertEqual(replies(ended.text)[0][0], reply)
+        self.assertEqual(ended.status, 0)
+
+
+class DeathTest(PhaseTestCase):
+    def test_a_killed_child_is_noticed_at_once(self):
+        """Also while the user types: no key has to be pressed to learn that nobody listens."""
+        for terminal in (False, True):
+            for phase in self.phases:
+                with self.subTest(phase.__name__, terminal=terminal):
+                    session = phase(terminal=terminal)
+                    start = time.monotonic()
+                    os.kill(session.engine, signal.SIGKILL)
+                    self.assert_ends(session, 1, "137 (SIGKILL)")
+                    self.assertLess(time.monotonic() - start, AT_ONCE)
+
+    def test_an_engine_that_ends_by_itself_is_an_error(self):
+        """Its exit status or its signal is told, whenever it dies; main's status is 1."""
+        crash = "signal.raise_signal(signal.SIGSEGV)"
+        for death, said in (("sys.exit(3)", "3"), ("sys.exit(0)", "0"), (crash, "139 (SIGSEGV)"),
+                            ("os.abort()", "134 (SIGABRT)")):
+            for phase in ("", "report()\n", "report()\nnext_prompt()\nsay('Well, ')\n"):
+                with self.subTest(death=death, phase=phase):
+                    session = self.start_fake(phase + death)
+                    session.read_until(">>> ")
+                    if "next_prompt" in phase:
+                        session.send("Hello!\n")
+                    self.assert_ends(session, 1, said)
+
+    def test_an_engine_without_main_dies(self):
+        """main, killed, takes the engine with it."""
+        for phase in self.phases:
+            with self.subTest(phase.__name__):
+                session = phase()
+                session.signal(signal.SIGKILL)
+                session.wait_for_orphans()
+
+    def test_a_pause_is_not_a_death(self):
+        """An engine or a main that is stopped and continued goes on with the chat."""
+        session = self.typing()
+        for pid in (session.engine, session.pid):
+            os.kill(pid, signal.SIGSTOP)
+            wait_until(lambda: [process for process in session.family()
+                                if (process.pid, process.state) == (pid, "T")], "it stops")
+            os.kill(pid, signal.SIGCONT)
+            session.ask("Hello!")
+        session.end_input()
+        self.assert_ends(session, 0, "0")
+
+
+class BellTest(PhaseTestCase):
+    def test_bells_without_a_fact_are_ignored(self):
+        """SIGUSR2 from anybody does not make main believe that the reply is finished."""
+        session = self.start_fake(SLOW_REPLIES)
+        session.send("Hello!\n")
+        session.read_until("Well, ")
+        for _ in range(20):
+            session.signal(signal.SIGUSR2)
+        session.wait_for_log_lines(2)
+        self.assertEqual(session.text, ">>> Well, ")
+        session.release("done")
+        session.read_until("done.\n>>> ")
+
+    def test_bells_before_the_model_is_loaded_are_ignored(self):
+        """They neither end the engine nor hand over a prompt before its time."""
+        session = self.start_fake(LATE + SLOW_REPLIES)
+        session.read_until(">>> ")
+        os.kill(session.engine, signal.SIGUSR1)
+        session.signal(signal.SIGUSR2)
+        session.send("Hello!\n")
+        session.release("loaded")
+        session.read_until("Well, ")
+
+    def test_the_engine_s_bell_is_blocked_from_its_first_moment(self):
+        """Between fork and exec the engine has main's mask: main itself has to block SIGUSR1."""
+        session = self.start_fake(LOADING)
+        session.read_until("loading")
+        session.signal(signal.SIGUSR1)
+        session.signal(signal.SIGTERM)
+        self.assert_ends(session, 143, "143 (SIGTERM)")
+
+    def test_stray_bells_do_not_change_the_text(self):
+        """Hundreds of bells to both processes during a real chat: the text is the same."""
+        prompts = ("Hello!", "Tell me a story.", "What is a mutex?")
+        quiet = self.run_to_end(MAIN, "-d", TINY, 42, said="".join(p + "\n" for p in prompts))
+        session = self.chat(42)
+        session.read_until(">>> ")
+        engine = session.engine
+
+        def ring(times):
+            for _ in range(times):
+                os.kill(engine, signal.SIGUSR1)
+                session.signal(signal.SIGUSR2)
+
+        for prompt in prompts:
+            ring(20)
+            session.send(prompt + "\n")
+            ring(1000)
+            session.read_until("tok/s\n>>> ")
+        session.end_input()
+        self.assert_ends(session, 0, "0")
+        self.assertEqual(replies(session.text), replies(quiet.text))
+
+
+class ClosedFileTest(PhaseTestCase):
+    def closed(self, redirections, said=""):
+        return self.run_to_end("sh", "-c", f'exec "$0" -d "$1" 42 {redirections}', MAIN, TINY,
+                               said=said)
+
+    def test_a_closed_stdin_is_an_end_of_input(self):
+        """A quiet end, with the child reaped."""
+        session = self.closed("<&-")
+        self.assertEqual((session.text, session.errors), (">>> \nChild exited with 0\n", ""))
+        self.assertEqual(session.status, 0)
+
+    def test_a_closed_stdout_is_a_quiet_end(self):
+        """Nothing but the log on stderr, and no hang."""
+        for redirections in (">&-", ">&- <&-", ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full"):
+            with self.subTest(redirections):
+                session = self.closed(redirections, said="Hello!\nHello!\n")
+                self.assertEqual(session.text, "")
+                self.assertLessEqual(len(session.log_lines), 2)
+                self.assertGreaterEqual(session.status, 0)
+
+    def test_a_closed_stderr_costs_only_the_log(self):
+        """The conversation is the same without it."""
+        session = self.closed("2>&-", said="My name is Zelda.\n")
+        self.assertIn("Zelda", session.text)
+        self.assert_ends(session, 0, "0")
+
+    def test_a_reader_that_goes_away_ends_the_chat_quietly(self):
+        """main | head: nothing but the log on stderr, though stdin stays open."""
+        for phase in (self.typing, self.generating):
+            with self.subTest(phase.__name__):
+                session = phase()
+                session.hang_up()
+                session.send("Hello!\n")
+                self.assertGreaterEqual(session.finish(), 0)
+                self.assertGreaterEqual(len(session.log_lines), 1)
+
+    def test_main_survives_a_reader_that_went_away(self):
+        """main's own words, the mark and the child's end, do not kill it by SIGPIPE either."""
+        for act in (lambda session: session.send("\n"),
+                    lambda session: os.kill(session.engine, signal.SIGKILL)):
+            session = self.typing()
+            session.hang_up()
+            act(session)
+            session.end_input()
+            self.assertEqual(session.finish(), 1)
+
+
+class StartTest(SessionTestCase):
+    def assert_refused(self, session, *words):
+        self.assertEqual(session.status, 1)
+        self.assertRegex(session.errors, r"\A[^\n]+\n\Z")
+        for word in words:
+            self.assertIn(word, session.errors)
+
+    def test_a_missing_engine_is_told(self):
+        """Its path, and how to build it."""
+        folder = self.folder()
+        session = self.run_to_end(shutil.copy(MAIN, folder), "-d", TINY, 42, said="Hello!\n")
+        self.assert_refused(session, str(folder / "inference"), "make")
+
+    def test_an_engine_that_cannot_be_executed_is_told(self):
+        """A file without the permission is as good as none."""
+        main = self.main_with_engine("")
+        (main.parent / "inference").chmod(0o644)
+        self.assert_refused(self.run_to_end(main, 42), str(main.parent / "inference"), "make")
+
+    def test_the_engine_is_found_beside_main(self):
+        """From any working directory, through a link, and through PATH."""
+        folder = self.folder()
+        link = folder / "chat"
+        link.symlink_to(MAIN)
+        path = {"PATH": f"{MAIN.parent}:{os.environ['PATH']}"}
+        for command, environment in ((MAIN, {}), (link, {}), ("./chat", {}), ("main", path)):
+            with self.subTest(command):
+                session = self.run_to_end("sh", "-c", 'exec "$@"', "sh", command, "-d", TINY, 42,
+                                          said="My name is Zelda.\n", cwd=folder, env=environment)
+                self.assertIn("Hello Zelda!", session.text)
+                self.assertEqual(session.status, 0)
+
+    def test_missing_and_broken_files_are_told(self):
+        """One line with the path and what to do, from main and from the engine; status 1."""
+        for name in ("model.bin", "tokenizer.bin"):
+            good = (TINY / name).read_bytes()
+            random_head = struct.pack("<256I", *range(7, 263))
+            for fault, content in (("missing", None), ("empty", b""),
+                                   ("short", good[:len(good) // 2]), ("one byte short", good[:-1]),
+                                   ("foreign", b"PK\3\4" + good), ("random", random_head + good)):
+                folder = self.folder()
+                for file in TINY.glob("*.bin"):
+                    shutil.copy(file, folder)
+                (folder / name).unlink()
+                if content is not None:
+                    (folder / name).write_bytes(content)
+                for program in (MAIN, INFERENCE):
+                    with self.subTest(name=name, fault=fault, program=program.name):
+                        session = self.run_to_end(program, "-d", folder, 42, said="Hello!\n")
+                        self.assert_refused(session, str(folder / name), "make prepare",
+                                            "-d tests/tiny")
+                        self.assertNotIn("[INFO]", session.text)
+
+    def test_a_directory_in_place_of_a_file_is_told(self):
+        """Likewise."""
+        folder = self.folder()
+        (folder / "model.bin").mkdir()
+        self.assert_refused(self.run_to_end(INFERENCE, "-d", folder, 42, "Hello!"),
+                            str(folder / "model.bin"), "make prepare")
+
+    def test_main_tells_how_the_engine_failed(self):
+        """The last line is the engine's end, also when a file is missing."""
+        session = self.start(MAIN, "-d", self.folder(), 42)
+        self.assert_ends(session, 1, "1")
+
+
+class UsageTest(SessionTestCase):
+    BAD_SEEDS = ("abc", "-1", "1x", "", " ", "1 ", "0x10", "1.5", "18446744073709551616", "9" * 40)
+    BAD_OPTIONS = (("-z",), ("-t", "hot"), ("-t", "-1"), ("-t", "nan"), ("-t", "inf"), ("-t", ""),
+                   ("-p", "1.1"), ("-p", "-0.1"), ("-p", "nan"), ("-p", "x"), ("-m", "0"),
+                   ("-m", "-5"), ("-m", "1x"), ("-m", "99999999999999999999"), ("-m", ""))
+    BAD_POLICY_OPTIONS = (
+        ("-s", "SCHED_"), ("-s", ""), ("-s", "SCHED_SOON"), ("-s", "SCHED_4"), ("-s", "99"),
+        ("-n", "20"), ("-n", "-21"), ("-n", "x"), ("-n", ""), ("-n", "1.5"),
+        ("-s", "FIFO", "-n", "5"), ("-s", "RR", "-n", "5"), ("-s", "DEADLINE", "-n", "5"),
+        ("-s", "FIFO", "-r", "0"), ("-s", "FIFO", "-r", "100"), ("-s", "RR", "-r", "-1"),
+        ("-s", "RR", "-r", "x"), ("-r", "5"), ("-s", "OTHER", "-r", "5"), ("-s", "IDLE", "-r", "5"),
+        ("-s", "DEADLINE"), ("-D", "10ms:20ms:20ms"), ("-s", "FIFO", "-D", "10ms:20ms:20ms"),
+        ("-s", "DEADLINE", "-r", "5", "-D", "10ms:20ms:20ms"),
+        ("-j", "0"), ("-j", "-1"), ("-j", "x"),
+        *(("-s", "DEADLINE", "-D", times) for times in (
+            "10ms", "10ms:20ms", "10ms:20ms:20ms:20ms", "a:b:c", "10ms:20ms:20s", "-1:2:3", "::",
+            "10ms:20ms:", "10ms 20ms 20ms", "18446744073709551616:1:1", "99999999999999999ms:1:1")))
+
+    def assert_usage(self, program, *arguments):
+        with self.subTest(program=program.name, arguments=arguments):
+            session = self.run_to_end(program, *arguments)
+            self.assertEqual((session.status, session.text), (2, ""))
+            self.assertRegex(session.errors, r"(?im)^usage: .*" + program.name)
+
+    def test_bad_arguments_of_main_get_its_usage(self):
+        """Usage on stderr, exit status 2, and no engine is started."""
+        for seed in self.BAD_SEEDS:
+            self.assert_usage(MAIN, "--", seed)
+        for options in self.BAD_OPTIONS + self.BAD_POLICY_OPTIONS:
+            self.assert_usage(MAIN, "-d", TINY, *options, 42)
+        self.assert_usage(MAIN, "-d", TINY, 42, 43)
+        self.assert_usage(MAIN, "-d")
+
+    def test_bad_arguments_of_the_engine_get_its_usage(self):
+        """The engine needs a seed and checks its options by itself."""
+        for seed in self.BAD_SEEDS:
+            self.assert_usage(INFERENCE, "-d", TINY, "--", seed, "Hello!")
+        for options in self.BAD_OPTIONS:
+            self.assert_usage(INFERENCE, "-d", TINY, *options, 42, "Hello!")
+        self.assert_usage(INFERENCE)
+        self.assert_usage(INFERENCE, "-d", TINY)
+
+    def test_the_largest_values_are_taken(self):
+        """The limits of the ranges belong to them."""
+        session = self.run_to_end(MAIN, "-d", TINY, "-p", 1, "-n", 19, 18446744073709551615)
+        self.assertEqual(session.status, 0, session.errors)
+        session = self.run_to_end(INFERENCE, "-d", TINY, "-p", 0, 18446744073709551615, "Hello!")
+        self.assertEqual(session.status, 0, session.errors)
+
+
+class ErrorChannelTest(SessionTestCase):
+    def said(self, *arguments, **options):
+        session = self.start(*arguments, terminal=True, **options)
+        session.finish()
+        return session
+
+    def test_errors_appear_where_the_user_looks(self):
+        """With the log in a file, an error goes to the terminal as well."""
+        folder = self.folder()
+        for program in (MAIN, INFERENCE):
+            for arguments in (("-d", folder, 42), ("abc",), ("-z",), ("-m", 0, 42)):
+                with self.subTest(program=program.name, arguments=arguments):
+                    session = self.said(program, *arguments)
+                    self.assertTrue(session.errors)
+                    self.assertIn(session.errors, session.text)
+
+    def test_errors_appear_once(self):
+        """Without a log the terminal shows an error once."""
+        session = self.said(MAIN, "-d", self.folder(), 42, errors_to_terminal=True)
+        self.assertEqual(session.text.count("make prepare"), 1, session.text)
+
+
+if __name__ == "__main__":
+    unittest.main()
