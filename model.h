@@ -207,7 +207,7 @@ static const Kernels *choose_kernels(void) {
 
 #define MAX_BATCH 128 // tokens of one pass: their activations stay in the second-level cache
 #define MAX_WORKERS MAX_THREADS
-#define HUGE_PAGE (2 << 20) // bytes, of x86; elsewhere it is just an alignment
+#define HUGE_PAGE ((size_t)2 << 20) // bytes
 
 // What a pass works on. "Own" is memory of one worker that no other touches.
 typedef struct {
@@ -237,7 +237,9 @@ typedef struct {
     const Kernels *kernels;
     char *file; // model.bin, mapped
     size_t file_size;
-    void *room; // the addresses that the mapping lies in, file_size + HUGE_PAGE of them
+    size_t moved; // so much of it is in huge pages
+    char *room;   // the addresses kept for it, see map_file()
+    size_t room_size;
 } Transformer;
 
 // Complains about one of the two files, with what to do. Returns -1.
@@ -390,13 +392,11 @@ static void lay_out_state(State *s, const Config *c) {
 }
 
 // Fresh anonymous pages are zero, and memory that is never touched is never there.
-static int build_state(State *s, const Config *c) {
+static int build_state(State *s, const Config *c, const char *path) {
     lay_out_state(s, c);
     void *memory = mmap(NULL, s->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) {
-        complain("There is not enough memory for this model: %zu bytes.", s->size);
-        return -1;
-    }
+    if (memory == MAP_FAILED)
+        return refuse_file(path, "there is no memory for the %zu bytes that it takes", s->size);
     s->memory = memory;
     lay_out_state(s, c);
     for (int i = 0; i < c->head_size / 2; i++)
@@ -407,24 +407,52 @@ static int build_state(State *s, const Config *c) {
 static void free_transformer(Transformer *t) {
     free(t->weights.layers);
     if (t->state.memory) munmap(t->state.memory, t->state.size);
-    if (t->room) munmap(t->room, t->file_size + HUGE_PAGE);
+    if (t->room) munmap(t->room, t->room_size);
     *t = (Transformer){0};
 }
 
-// Maps the model's file where huge pages could begin: a file system that keeps the file in huge
-// pages (Linux 6.x: ext4, xfs, btrfs, once the file has been read through such a mapping) then maps
-// it in a moment, and it is read faster, because the processor's prefetching stops at the end of a
-// page.
+// Weights are read a quarter faster from huge pages: the processor's prefetching stops at the end
+// of a page. So the file is mapped where a huge page can begin. A file system that keeps files in
+// huge pages (ext4 since Linux 6.16, xfs) maps it in a moment; for the others, see
+// move_to_huge_pages(), there is as much room again behind it.
 static int map_file(Transformer *t, int fd) {
-    void *room = mmap(NULL, t->file_size + HUGE_PAGE, PROT_NONE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    size_t pages = (t->file_size + HUGE_PAGE - 1) / HUGE_PAGE;
+    t->room_size = (2 * pages + 1) * HUGE_PAGE;
+    void *room =
+        mmap(NULL, t->room_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (room == MAP_FAILED) return -1;
     t->room = room;
-    t->file = (char *)room + (HUGE_PAGE - (uintptr_t)room % HUGE_PAGE) % HUGE_PAGE;
+    t->file = t->room + (HUGE_PAGE - (uintptr_t)room % HUGE_PAGE) % HUGE_PAGE;
     if (mmap(t->file, t->file_size, PROT_READ, MAP_PRIVATE | MAP_FIXED, fd, 0) == MAP_FAILED)
         return -1;
-    madvise(t->file, t->file_size, MADV_HUGEPAGE); // only advice: a kernel without does as it can
+    madvise(t->file, t->file_size, MADV_HUGEPAGE); // advice: without huge pages it works, too
     return 0;
+}
+
+// Does the kernel map most of the file in huge pages? See proc(5), smaps_rollup.
+static bool is_in_huge_pages(const Transformer *t) {
+    char line[128];
+    unsigned long kilobytes = 0;
+    FILE *smaps = fopen("/proc/self/smaps_rollup", "r");
+    if (smaps == NULL) return false;
+    while (fgets(line, sizeof(line), smaps))
+        if (sscanf(line, "FilePmdMapped: %lu", &kilobytes) == 1) break;
+    fclose(smaps);
+    return kilobytes > t->file_size / 1024 / 2;
+}
+
+// Copies another 2 MB of the file into a huge page and puts that in the place of the file's pages,
+// at the same address. Called once per token, it is done after 70 of them, and no user notices.
+static void move_to_huge_pages(Transformer *t) {
+    if (t->moved == 0 && is_in_huge_pages(t)) t->moved = t->file_size;
+    if (t->moved + HUGE_PAGE > t->file_size) return;
+    size_t pages = (t->file_size + HUGE_PAGE - 1) / HUGE_PAGE;
+    char *from = t->file + t->moved, *page = from + pages * HUGE_PAGE;
+    bool good = mprotect(page, HUGE_PAGE, PROT_READ | PROT_WRITE) == 0 &&
+                madvise(page, HUGE_PAGE, MADV_HUGEPAGE) == 0 && memcpy(page, from, HUGE_PAGE) &&
+                mprotect(page, HUGE_PAGE, PROT_READ) == 0 &&
+                mremap(page, HUGE_PAGE, HUGE_PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, from) == from;
+    t->moved = good ? t->moved + HUGE_PAGE : t->file_size; // if it can't be done, it may stay
 }
 
 // Loads the model of a path: maps the file, checks it, gets memory. Returns 0, or -1 after one line
@@ -446,14 +474,17 @@ static int build_transformer(Transformer *t, const char *path) {
     if (read_header(&t->config, &shared_classifier, t->file, t->file_size, path) < 0) goto failed;
 
     t->weights.layers = calloc((size_t)t->config.n_layers, sizeof(Layer));
-    if (t->weights.layers == NULL) goto failed;
+    if (t->weights.layers == NULL) {
+        refuse_file(path, "there is no memory for its layers");
+        goto failed;
+    }
     size_t expected = map_weights(&t->weights, &t->config, shared_classifier, NULL);
     if (t->file_size != expected) {
         refuse_file(path, "%zu bytes, but its header announces %zu", t->file_size, expected);
         goto failed;
     }
     map_weights(&t->weights, &t->config, shared_classifier, t->file);
-    if (build_state(&t->state, &t->config) < 0) goto failed;
+    if (build_state(&t->state, &t->config, path) < 0) goto failed;
     return 0;
 failed:
     free_transformer(t);
@@ -703,6 +734,7 @@ static float *forward_logits(Transformer *t, const int *tokens, int n, int pos, 
                       (size_t)(done + skipped - first_wanted) * (size_t)t->config.vocab_size;
         run_pass(&pass);
     }
+    if (n == 1) move_to_huge_pages(t);
     return t->state.logits;
 }
 
@@ -954,8 +986,12 @@ static int build_tokenizer(Tokenizer *t, const char *path, int vocab_size) {
     t->class_of = calloc(UNICODE_END, 1);
     bool complete = t->file && read(fd, t->file, size) == (ssize_t)size;
     close(fd);
-    if (!complete || !t->tokens || !t->table || !t->class_of) {
-        refuse_file(path, "cannot be read: %s", strerror(errno));
+    if (!t->file || !t->tokens || !t->table || !t->class_of) {
+        refuse_file(path, "there is no memory for it");
+        goto failed;
+    }
+    if (!complete) {
+        refuse_file(path, "cannot be read whole");
         goto failed;
     }
     if (read_tokens(t, size, path) < 0) goto failed;
@@ -1357,7 +1393,8 @@ static int generate(Session *s, const char *prompt, size_t length) {
         s->ids[s->length++] = token;
     }
     s->ids[s->length++] = t->im_end;
-    s->length += encode(t, "\n", 1, s->ids + s->length);
+    if ((count = encode(t, "\n", 1, s->ids + s->length)) < 0) return -1;
+    s->length += count;
 
     const char *green = isatty(STDOUT_FILENO) ? "\033[32m" : "", *plain = *green ? "\033[0m" : "";
     double speed = now > start ? (generated - 1) / (now - start) : 0;
@@ -1543,7 +1580,7 @@ KERNEL void NAME(quantize)(Activations *out, int token, const float *x) {
             floats t = LOAD(floats, x + i) / divisor;
             ints signs = (ints)t & sign;
             floats size = (floats)((ints)t & ~sign) + below_half;
-            size = SELECT(floats, ints, size > most, most, size);
+            size = SELECT(floats, ints, size < most, size, most); // and so for a NaN
             ints q = __builtin_convertvector((floats)((ints)size | signs), ints);
             STORE(bytes, out->q + at * GROUP + i, __builtin_convertvector(q, bytes));
             STORE(half_shorts, out->wide + at * GROUP + i, __builtin_convertvector(q, half_shorts));

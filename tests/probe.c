@@ -17,6 +17,7 @@ static void start_engine_threads(void) {
 #ifdef PARALLEL
     const char *threads = getenv("THREADS");
     if (init_thr_pool(threads ? atoi(threads) : 1) < 0) exit(1);
+    pool.places = pool.size; // all take part at once, whatever number of CPUs there is
 #endif
 }
 
@@ -267,7 +268,7 @@ static void hash_rope(int head_size) {
                 .seq_len = 1,
                 .head_size = head_size,
                 .kv_dim = head_size};
-    if (build_state(&state, &c) < 0) exit(1);
+    if (build_state(&state, &c, "rope") < 0) exit(1);
     for (int pos = 0; pos < 2048; pos++)
         rope_table(table + pos * head_size, state.frequency, head_size, pos);
     printf("%016llx\n",
@@ -362,7 +363,7 @@ static void load_models(char **paths, int count) {
     printf("%ld\n", usage.ru_maxrss);
 }
 
-// classes FIRST LAST: the class letter of each code point of a range, as one line
+// classes TOKENIZER VOCAB_SIZE: a letter for the class of each code point, as one line
 static void print_classes(const char *path, int vocab_size) {
     Tokenizer t;
     if (build_tokenizer(&t, path, vocab_size) < 0) exit(1);

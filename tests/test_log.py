@@ -17,9 +17,11 @@ class LogTest(SessionTestCase):
         """One line per reply, and it tells of main's child."""
         session = self.chat(42)
         session.read_until(">>> ")
-        for prompt, lines in (("Hello!", 1), ("What is a mutex?", 2)):
+        for prompt in ("Hello!", "What is a mutex?"):
+            before, start = len(session.log_lines), time.monotonic()
             session.ask(prompt)
-            self.assertEqual(len(session.log_lines), lines)
+            intervals = int((time.monotonic() - start) / 0.3)  # 0, but on a very busy machine
+            self.assertIn(len(session.log_lines) - before, range(1, 2 + intervals))
         line = session.log_lines[-1]
         self.assertEqual(int(line["pid"]), session.engine)
         self.assertEqual(line["tcomm"], "inference")
@@ -84,7 +86,7 @@ class LogTest(SessionTestCase):
             """)
         session.send("Hello!\n")
         session.read_until(">>> ", ">>> ")
-        line, = session.log_lines
+        line = session.log_lines[-1]
         self.assertEqual(line["tcomm"], "in) R (fer ence")
         self.assertEqual(int(line["pid"]), session.engine)
 
@@ -131,8 +133,8 @@ class AverageTest(SessionTestCase):
         """What main wrote is what avg_cpu_use.py reads."""
         session = self.run_to_end(MAIN, "-d", "tests/tiny", 42, said="Hello!\nHow are you?\n")
         uses = [float(line["cpu"]) for line in session.log_lines]
-        self.assertEqual(len(uses), 2)
-        self.assert_average(self.average_of(session.errors), f"{sum(uses) / 2:.2f}")
+        self.assertGreaterEqual(len(uses), 2)
+        self.assert_average(self.average_of(session.errors), f"{sum(uses) / len(uses):.2f}")
 
     def test_the_average_is_printed_with_two_digits(self):
         """average cpu usage: 98.76%"""

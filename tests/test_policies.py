@@ -43,7 +43,7 @@ class PolicyTest(PolicyTestCase):
             session = self.chat(*options, 42)
             session.read_until(">>> ")
             session.ask("Hello!")
-            line, = session.log_lines
+            line = session.log_lines[-1]
             self.assertEqual(line["policy"], name)
             own = os.getpriority(os.PRIO_PROCESS, 0)
             self.assertEqual(int(line["nice"]), own if nice is None else nice)
@@ -147,7 +147,7 @@ class RefusalTest(PolicyTestCase):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         session = self.run_to_end(MAIN, "-d", TINY, 42, said="Hello!\n", prepare=be_idle)
         self.assertEqual(session.status, 0, session.errors)
-        self.assertEqual([line["policy"] for line in session.log_lines], ["SCHED_IDLE"])
+        self.assertEqual({line["policy"] for line in session.log_lines}, {"SCHED_IDLE"})
 
 
 if __name__ == "__main__":
