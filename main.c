@@ -3,7 +3,7 @@
 //
 // It knows nothing of models. common.h has the picture of the two processes and their protocol.
 // Whatever can happen (a line is typed, the reply is finished, the child dies, somebody interrupts,
-// a line of the log is due) is waited for in one place, the ppoll(2) of chat().
+// a line of the log is due) is waited for in one place, the ppoll(2) of wait_for_event().
 #define _GNU_SOURCE
 #include "common.h"
 #include <ctype.h>
@@ -396,20 +396,18 @@ typedef struct {
     Sampler sampler;
     double deadline;    // when the wait must end: next line of the log, or the end of patience
     int interrupt;      // the SIGINT or SIGTERM that ends the chat, or 0
+    bool line_ended;    // the prompt mark is not the last thing on the screen
     bool output_closed; // nobody reads our stdout any more
     bool failed;        // the chat must end with an error, which has been told
 } Chat;
 
-// Whatever comes now begins on a new line: behind the prompt mark or an unfinished reply.
-static void leave(Chat *chat) {
-    if (chat->phase != LEAVING) putchar('\n');
-    fflush(stdout);
-    chat->phase = LEAVING;
-}
-
-// Closing the pipe says goodbye to the engine; it is told by the same bell as a prompt.
+// Closing the pipe says goodbye to the engine; it is told by the same bell as a prompt. Its last
+// words, if it has any, begin on a new line behind the prompt mark.
 static void say_goodbye(Chat *chat) {
-    leave(chat);
+    chat->phase = LEAVING;
+    chat->line_ended = true;
+    putchar('\n');
+    fflush(stdout);
     close(chat->child.prompts);
     kill(chat->child.pid, SIGUSR1);
 }
@@ -424,7 +422,7 @@ static void ask(Chat *chat, Phase phase) {
 
 // Passes an interrupt on. SIGCONT wakes a stopped engine, which would not notice it.
 static void interrupt_engine(Chat *chat, int signal) {
-    leave(chat);
+    chat->phase = LEAVING;
     chat->interrupt = signal;
     chat->deadline = seconds() + GRACE_PERIOD;
     kill(chat->child.pid, signal);
@@ -539,24 +537,23 @@ static const char *signal_name(int signal) {
 
 // Tells how the engine ended, and returns main's exit status: an interrupt's, whoever died first of
 // it; or 0 if the engine left as it was told; or 1.
-static int report_end(Chat *chat, int status) {
+static int report_end(const Chat *chat, int status) {
     int signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
     if (chat->interrupt) signal = chat->interrupt;
-    // Killed by SIGPIPE, the engine has found nobody who reads: there is nobody to tell.
-    if (chat->output_closed || signal == SIGPIPE) return 1;
-    bool told_to_leave = chat->phase == LEAVING;
-    leave(chat);
     int code = signal ? 128 + signal : WEXITSTATUS(status);
-    printf("Child exited with %d", code);
-    if (signal) printf(" (%s)", signal_name(signal));
-    putchar('\n');
+    // Killed by SIGPIPE, the engine has found nobody who reads: there is nobody to tell.
+    if (!chat->output_closed && signal != SIGPIPE) {
+        printf("%sChild exited with %d", chat->line_ended ? "" : "\n", code);
+        if (signal) printf(" (%s)", signal_name(signal));
+        putchar('\n');
+    }
     if (chat->interrupt) return code;
-    return told_to_leave && code == 0 && !chat->failed ? 0 : 1;
+    return chat->phase == LEAVING && code == 0 && !chat->failed && !chat->output_closed ? 0 : 1;
 }
 
 // Starts the engine, holds the conversation, and returns main's exit status when the engine is
 // gone.
-static int chat(const Options *options, int signals, const SignalState *before) {
+static int hold_chat(const Options *options, int signals, const SignalState *before) {
     Chat chat = {.options = options, .signals = signals, .input.fd = STDIN_FILENO};
     if (start_engine(&chat.child, options, before) < 0) return 1;
     clock_getcpuclockid(chat.child.pid, &chat.sampler.cpu_clock);
@@ -568,7 +565,8 @@ static int chat(const Options *options, int signals, const SignalState *before) 
 
 int main(int argc, char **argv) {
     hold_standard_files();
-    Options options = parse_options(argc, argv);
+    static Options options; // as long as the program: so are the strings that it points to
+    options = parse_options(argc, argv);
 
     // Blocked signals stay pending until they are read from the signalfd: none is lost and none
     // interrupts anything. SIGUSR1 is not for us, but the child has to find it blocked from its
@@ -586,6 +584,5 @@ int main(int argc, char **argv) {
         complain("Cannot make a signalfd: %s.", strerror(errno));
         return 1;
     }
-    int result = chat(&options, signals, &before);
-    return fflush(stdout) == EOF ? 1 : result;
+    return hold_chat(&options, signals, &before);
 }

@@ -1251,7 +1251,7 @@ struct Session {
 typedef struct {
     char bytes[4];
     size_t count;
-    bool line_open; // the last character printed was not a newline
+    bool line_open; // the last character printed was not a newline, or there is none
 } Printer;
 
 // Prints what is whole characters; control characters but newline and tab (a terminal would obey
@@ -1380,7 +1380,7 @@ static int generate(Session *s, const char *prompt, size_t length) {
 
     int room = seq_len - s->length - closing, generated = 0;
     int limit = s->max_new_tokens < room ? s->max_new_tokens : room;
-    Printer printer = {.count = 0};
+    Printer printer = {.line_open = true}; // an empty reply is an empty line
     double start = 0, now = 0;
     while (generated < limit) {
         int token = sample(&s->sampler, catch_up(s));
