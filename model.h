@@ -1790,60 +1790,58 @@ INLINE __m256i NAME(sum_lanes)(const __m256i v[8]) {
 }
 
 // Eight groups of weights that lie one behind the other times as many groups of activations: the
-// float products that the sums of the rows are made of. The lanes are the groups.
+// float products that the sums of the rows are made of. The lanes are the groups. The weights are
+// volatile so that the compiler loads them in the order of their addresses, which is worth a third
+// of the speed: the hardware's prefetcher follows nothing else.
 INLINE void NAME(multiply_groups)(float *products, const int8_t *w, const float *scales,
                                   const int8_t *x, const float *x_scales, const int32_t *excess) {
     __m256i dot[8];
     for (int i = 0; i < 8; i++, w += GROUP, x += GROUP) {
-        __m256i zeros = _mm256_setzero_si256();
-        dot[i] = NAME(dot_32)(LOAD(__m256i_u, w), LOAD(__m256i_u, x), zeros);
-        dot[i] = NAME(dot_32)(LOAD(__m256i_u, w + 32), LOAD(__m256i_u, x + 32), dot[i]);
+        __m256i low = LOAD(volatile __m256i_u, w), high = LOAD(volatile __m256i_u, w + GROUP / 2);
+        dot[i] = NAME(dot_32)(low, LOAD(__m256i_u, x), _mm256_setzero_si256());
+        dot[i] = NAME(dot_32)(high, LOAD(__m256i_u, x + GROUP / 2), dot[i]);
     }
     __m256i dots = _mm256_sub_epi32(NAME(sum_lanes)(dot), LOAD(__m256i_u, excess));
     __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(dots), _mm256_loadu_ps(scales));
     _mm256_storeu_ps(products, _mm256_mul_ps(scaled, _mm256_loadu_ps(x_scales)));
 }
 
-// The weights are read in the order of their addresses, eight groups at a time, whatever row they
-// belong to, and without any prefetch instruction: the hardware's prefetcher follows that best. The
-// rows are read in so many parts side by side, each of which it follows by itself.
-#define STREAMS 2
-
+// Blocks of 8 rows, whose weights are one run of memory, taken eight groups at a time, whatever row
+// they belong to. No prefetch instructions: they only disturb the hardware's prefetcher.
 KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, int first, int last,
                               const Activations *x) {
     // The activations of a row come again with every row; any 8 groups in this circle lie side by
     // side.
     int groups = w->cols / GROUP;
     int8_t q[(groups + 7) * GROUP];
-    float scale[groups + 7], products[STREAMS][8 * groups]; // [8 rows][groups]
+    float scale[groups + 7], products[8 * groups]; // [8 rows][groups]
     int32_t excess[groups + 7];
     for (int i = 0; i < groups + 7; i++) {
         memcpy(q + i * GROUP, x->q + i % groups * GROUP, GROUP);
         scale[i] = x->s[i % groups];
         excess[i] = NAME(excess)(x, (size_t)(i % groups));
     }
-    int blocks = (last - first) / 8, part = (blocks + STREAMS - 1) / STREAMS; // of 8 rows
-    for (int block = 0; block < part; block++) {
-        int streams = 0, rows[STREAMS];
-        for (int i = block; i < blocks; i += part) rows[streams++] = first + 8 * i;
-        for (int i = 0, start = 0; i < groups; i++) {
-            for (int stream = 0; stream < streams; stream++) {
-                size_t at = (size_t)rows[stream] * (size_t)groups + (size_t)(8 * i);
-                NAME(multiply_groups)
-                (products[stream] + 8 * i, w->q + at * GROUP, w->s + at, q + start * GROUP,
-                 scale + start, excess + start);
-            }
-            for (start += 8; start >= groups; start -= groups) continue;
+    int row = first;
+    for (; row + 8 <= last; row += 8) {
+        size_t block = (size_t)row * (size_t)groups;
+        const volatile float *scales = w->s + block;
+        for (int i = 0; i < 8 * groups; i += 16)
+            (void)scales[i]; // bring their cache lines here in one go
+        for (int at = 0, start = 0; at < 8 * groups; at += 8) {
+            size_t here = block + (size_t)at;
+            NAME(multiply_groups)
+            (products + at, w->q + here * GROUP, w->s + here, q + start * GROUP, scale + start,
+             excess + start);
+            for (start += 8; start >= groups; start -= groups)
+                continue; // modulo without a division
         }
-        for (int stream = 0; stream < streams; stream++) {
-            float sum[8] = {0};
-            for (int group = 0; group < groups; group++)
-                for (int row = 0; row < 8; row++)
-                    sum[row] = sum[row] + products[stream][row * groups + group];
-            memcpy(out + rows[stream], sum, sizeof(sum));
+        for (int i = 0; i < 8; i++) {
+            float sum = 0;
+            for (int group = 0; group < groups; group++) sum = sum + products[i * groups + group];
+            out[row + i] = sum;
         }
     }
-    NAME(single_rows)(out, w, first + 8 * blocks, last, x, 0);
+    NAME(single_rows)(out, w, row, last, x, 0);
 }
 
 // For several tokens, 2 * LANES rows are turned into a panel once: a lane is a row there, and no
@@ -1926,7 +1924,6 @@ KERNEL void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, int first, i
 #undef MULTIPLY
     }
 }
-#undef STREAMS
 #undef STEPS
 #undef TILE
 #undef PANEL_ROWS
