@@ -106,7 +106,7 @@ typedef struct {
 
 #define MAX_HEADS 4   // heads that a kernel takes at a time; they share their keys and values
 #define KEY_BLOCK 16  // time steps that lie side by side in the key cache
-#define TIME_ALIGN 64 // scores are computed for time steps up to a multiple of this
+#define MIX_VECTORS 4 // registers of value dimensions that are summed side by side
 
 typedef struct {
     const char *name;
@@ -127,7 +127,7 @@ typedef struct {
 
     // out[head * stride + t] = q[head] . key[t] / sqrtf(head_size), sums in index order, for
     // 1..MAX_HEADS heads, q[heads][head_size], t < times. The keys lie in blocks,
-    // [time / KEY_BLOCK][head_size][KEY_BLOCK]. Entries up to a multiple of TIME_ALIGN are
+    // [time / KEY_BLOCK][head_size][KEY_BLOCK]. Entries up to a multiple of KEY_BLOCK are
     // overwritten.
     void (*score)(float *out, size_t stride, const float *q, int heads, int head_size,
                   const float *keys, int times);
@@ -152,21 +152,18 @@ typedef struct {
 // The bodies are in section 8 of this file, which here reads itself once for each instruction set:
 // GCC and clang need to know the target of a function when they compile it.
 #define ISA portable
-#define LANES 4   // floats of a vector register
-#define VECTORS 2 // registers side by side that keep the adders busy
+#define LANES 4 // floats of a vector register
 #define TARGET
 #include "model.h"
 #if defined(__x86_64__)
 #define ISA avx2
 #define ISA_AVX2 1
 #define LANES 8
-#define VECTORS 2
 #define TARGET __attribute__((target("avx2")))
 #include "model.h"
 #define ISA avx512
 #define ISA_AVX512 1
 #define LANES 16
-#define VECTORS 4
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 #include "model.h"
 #endif
@@ -222,7 +219,7 @@ typedef struct {
     Activations shared;           // of all tokens of a pass
     Activations own[MAX_WORKERS]; // of the only token of a pass
     float *att[MAX_WORKERS];      // [MAX_HEADS][times]
-    size_t times;                 // seq_len, rounded up to a multiple of TIME_ALIGN
+    size_t times;                 // seq_len, rounded up to a multiple of KEY_BLOCK
     float *frequency;             // [head_size / 2], radians per position
     float *key_cache;             // [layer][kv_head][times / KEY_BLOCK][head_size][KEY_BLOCK]
     float *value_cache;           // [layer][kv_head][times][head_size]
@@ -370,7 +367,7 @@ static void lay_out_state(State *s, const Config *c) {
     size_t dim = (size_t)c->dim, hidden_dim = (size_t)c->hidden_dim, kv_dim = (size_t)c->kv_dim;
     int widest = c->dim > c->hidden_dim ? c->dim : c->hidden_dim;
     s->size = 0;
-    s->times = ((size_t)c->seq_len + TIME_ALIGN - 1) / TIME_ALIGN * TIME_ALIGN;
+    s->times = ((size_t)c->seq_len + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK;
     s->x = take_floats(s, MAX_BATCH * dim);
     s->xb = take_floats(s, MAX_BATCH * dim);
     s->xb2 = take_floats(s, MAX_BATCH * dim);
@@ -1593,21 +1590,19 @@ KERNEL void NAME(quantize)(Activations *out, int token, const float *x) {
     }
 }
 
-// Scores of VECTORS * LANES time steps for a number of heads that is known at compile time, so that
-// the sums stay in registers. Each key is loaded once for all heads.
+// Scores for a number of heads that is known at compile time, so that the sums stay in registers.
+// Each key is loaded once for all heads, in the order of the addresses: a block of time steps after
+// the other.
 INLINE void NAME(score_heads)(float *out, size_t stride, const float *q, const int heads,
                               int head_size, const float *keys, int times) {
-    for (int t = 0; t < times; t += VECTORS * LANES) {
-        floats sum[MAX_HEADS][VECTORS] = {{{0}}};
-        const float *key[VECTORS];
-        for (int v = 0; v < VECTORS; v++) {
-            int time = t + v * LANES;
-            key[v] = keys + (size_t)(time / KEY_BLOCK * KEY_BLOCK) * (size_t)head_size +
-                     time % KEY_BLOCK;
-        }
-        for (int i = 0; i < head_size; i++)
+    enum { VECTORS = KEY_BLOCK / LANES };
+    for (int t = 0; t < times; t += KEY_BLOCK) {
+        floats sum[MAX_HEADS][VECTORS];
+        for (int head = 0; head < heads; head++)
+            for (int v = 0; v < VECTORS; v++) sum[head][v] = (floats){0};
+        for (int i = 0; i < head_size; i++, keys += KEY_BLOCK)
             for (int v = 0; v < VECTORS; v++) {
-                floats k = LOAD(floats, key[v] + i * KEY_BLOCK);
+                floats k = LOAD(floats, keys + v * LANES);
                 for (int head = 0; head < heads; head++)
                     sum[head][v] = sum[head][v] + q[head * head_size + i] * k;
             }
@@ -1628,13 +1623,15 @@ KERNEL void NAME(score)(float *out, size_t stride, const float *q, int heads, in
     }
 }
 
-// The same idea for `vectors` vectors of dimensions, and all time steps.
+// The same idea for the values: `vectors` vectors of dimensions, and all time steps in order.
 INLINE void NAME(mix_heads)(float *out, const float *weight, size_t stride, const int heads,
                             int head_size, const float *values, int times, const int vectors) {
-    floats sum[MAX_HEADS][VECTORS] = {{{0}}};
-    for (int t = 0; t < times; t++)
+    floats sum[MAX_HEADS][MIX_VECTORS];
+    for (int head = 0; head < heads; head++)
+        for (int v = 0; v < vectors; v++) sum[head][v] = (floats){0};
+    for (int t = 0; t < times; t++, values += head_size)
         for (int v = 0; v < vectors; v++) {
-            floats value = LOAD(floats, values + (size_t)t * (size_t)head_size + v * LANES);
+            floats value = LOAD(floats, values + v * LANES);
             for (int head = 0; head < heads; head++)
                 sum[head][v] = sum[head][v] + weight[(size_t)head * stride + (size_t)t] * value;
         }
@@ -1646,8 +1643,8 @@ INLINE void NAME(mix_heads)(float *out, const float *weight, size_t stride, cons
 INLINE void NAME(mix_all)(float *out, const float *weight, size_t stride, const int heads,
                           int head_size, const float *values, int times) {
     int i = 0;
-    for (; i + VECTORS * LANES <= head_size; i += VECTORS * LANES)
-        NAME(mix_heads)(out + i, weight, stride, heads, head_size, values + i, times, VECTORS);
+    for (; i + MIX_VECTORS * LANES <= head_size; i += MIX_VECTORS * LANES)
+        NAME(mix_heads)(out + i, weight, stride, heads, head_size, values + i, times, MIX_VECTORS);
     for (; i + LANES <= head_size; i += LANES)
         NAME(mix_heads)(out + i, weight, stride, heads, head_size, values + i, times, 1);
     for (; i < head_size; i++)
@@ -1852,6 +1849,9 @@ KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, int first, i
 KERNEL void NAME(pack_panel)(ints *panel, float *scales, const QuantizedTensor *w, int row,
                              int rows) {
     int groups = w->cols / GROUP;
+    // The rows are turned column by column, but fetched before in the order of their addresses.
+    const volatile int8_t *all = w->q + (size_t)row * (size_t)w->cols;
+    for (int i = 0; i < rows * w->cols; i += 64) (void)all[i];
     for (int r = 0; r < PANEL_ROWS; r++) {
         const float *s = w->s + (size_t)(row + (r < rows ? r : 0)) * (size_t)groups;
         for (int group = 0; group < groups; group++) scales[group * PANEL_ROWS + r] = s[group];
@@ -1875,7 +1875,8 @@ INLINE void NAME(multiply_panel)(float *out, size_t stride, const ints *panel, c
                                  int rows, int groups, const Activations *x, int token,
                                  const int tokens) {
     const ints zeros = {0};
-    floats sum[TILE][2] = {{{0}}};
+    floats sum[TILE][2];
+    for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = (floats){0};
     for (int group = 0; group < groups; group++) {
         size_t at = (size_t)token * (size_t)groups + (size_t)group;
         const NAME(value) *values = NAME(values_of)(x) + at * GROUP;
@@ -2007,6 +2008,5 @@ static const Kernels NAME(kernels) = {
 #undef ISA_AVX2
 #undef ISA_AVX512
 #undef LANES
-#undef VECTORS
 #undef TARGET
 #endif // MODEL_H

@@ -159,8 +159,7 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
 }
 
 static void check_attention(const Kernels *kernels, int heads, int head_size, int times) {
-    size_t hs = (size_t)head_size,
-           stride = ((size_t)times + TIME_ALIGN - 1) / TIME_ALIGN * TIME_ALIGN;
+    size_t hs = (size_t)head_size, stride = ((size_t)times + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK;
     float *q = random_floats((size_t)heads * hs, -2, 2),
           *k = random_floats((size_t)times * hs, -2, 2);
     float *v = random_floats(stride * hs, -2, 2), *blocks = random_floats(stride * hs, -2, 2);
