@@ -32,6 +32,7 @@
 #pragma STDC FP_CONTRACT OFF
 #else
 #pragma GCC optimize("fp-contract=off")
+#pragma GCC optimize("O3") // unrolled kernels also in a build with -O2
 #endif
 
 // ------------------------------------------------------------------------------------------------
