@@ -105,14 +105,12 @@ static bool take_policy_option(Options *options, int option, const char *value) 
     return good;
 }
 
-static bool is_real_time(uint32_t policy) { return policy == SCHED_FIFO || policy == SCHED_RR; }
-
 // Every policy has parameters of its own. One that belongs to another policy is a mistake to tell,
 // and one that was not given has a default.
 static bool settle_policy(Options *options) {
     SchedulingAttributes *attributes = &options->attributes;
     const char *name = policy_names[attributes->policy];
-    bool real_time = is_real_time(attributes->policy);
+    bool real_time = attributes->policy == SCHED_FIFO || attributes->policy == SCHED_RR;
     bool deadline = attributes->policy == SCHED_DEADLINE;
     const char *mistake = options->nice_given && (real_time || deadline)
                               ? "takes no nice value (-n)"
@@ -222,7 +220,7 @@ typedef struct {
     double cpu_time;     // seconds on that clock ...
     double time;         // ... and on everybody's, when the last sample was taken
     bool told;           // a line has been written since the prompt
-} Sampler;
+} CpuMeter;
 
 static double cpu_seconds(clockid_t clock) {
     struct timespec time = {0};
@@ -230,15 +228,15 @@ static double cpu_seconds(clockid_t clock) {
     return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
 }
 
-static void start_sampling(Sampler *sampler) {
-    sampler->cpu_time = cpu_seconds(sampler->cpu_clock);
-    sampler->time = seconds();
-    sampler->told = false;
+static void start_sampling(CpuMeter *meter) {
+    meter->cpu_time = cpu_seconds(meter->cpu_clock);
+    meter->time = seconds();
+    meter->told = false;
 }
 
 // Writes one line of the log. utime and stime are in clock ticks, vsize is in bytes. The name,
 // field 2, may hold spaces and parentheses, so what follows it is found behind the last ')'.
-static void log_sample(Sampler *sampler, pid_t pid) {
+static void log_sample(CpuMeter *meter, pid_t pid) {
     char path[64], stat[4096];
     snprintf(path, sizeof(path), "/proc/%d/stat", (int)pid);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -249,23 +247,14 @@ static void log_sample(Sampler *sampler, pid_t pid) {
     char *name = strchr(stat, '('), *name_end = strrchr(stat, ')');
     if (name == NULL || name_end == NULL) return;
 
-    enum {
-        STATE = 3,
-        UTIME = 14,
-        STIME = 15,
-        NICE = 19,
-        VSIZE = 23,
-        CPU = 39,
-        POLICY = 41,
-        END = 42
-    };
+    enum { STATE = 3, UTIME = 14, STIME, NICE = 19, VSIZE = 23, CPU = 39, POLICY = 41, END };
     char *field[END] = {NULL}, *rest = name_end + 1, *space;
     for (int i = STATE; i < END; i++)
         if ((field[i] = strtok_r(rest, " \n", &space)) == NULL) return;
         else rest = NULL;
 
-    double cpu_time = cpu_seconds(sampler->cpu_clock), time = seconds();
-    double percent = 100 * (cpu_time - sampler->cpu_time) / (time - sampler->time);
+    double cpu_time = cpu_seconds(meter->cpu_clock), time = seconds();
+    double percent = 100 * (cpu_time - meter->cpu_time) / (time - meter->time);
     unsigned policy = (unsigned)atoi(field[POLICY]);
     const char *policy_name = policy < POLICY_COUNT ? policy_names[policy] : NULL;
     fprintf(stderr,
@@ -274,9 +263,9 @@ static void log_sample(Sampler *sampler, pid_t pid) {
             (int)pid, (int)(name_end + 1 - name), name, field[STATE],
             policy_name ? policy_name : field[POLICY], field[NICE], field[VSIZE], field[CPU],
             field[UTIME], field[STIME], percent);
-    sampler->cpu_time = cpu_time;
-    sampler->time = time;
-    sampler->told = true;
+    meter->cpu_time = cpu_time;
+    meter->time = time;
+    meter->told = true;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -393,7 +382,7 @@ typedef struct {
     int signals; // signalfd(2): signals are read like any other input, never handled
     Phase phase;
     LineReader input;
-    Sampler sampler;
+    CpuMeter meter;
     double deadline;    // when the wait must end: next line of the log, or the end of patience
     int interrupt;      // the SIGINT or SIGTERM that ends the chat, or 0
     bool line_ended;    // the prompt mark is not the last thing on the screen
@@ -434,8 +423,8 @@ static void interrupt_engine(Chat *chat, int signal) {
 static void send_prompt(Chat *chat, char *line, size_t length) {
     line[length] = '\n';
     chat->phase = WORKING;
-    start_sampling(&chat->sampler);
-    chat->deadline = chat->sampler.time + SAMPLE_INTERVAL;
+    start_sampling(&chat->meter);
+    chat->deadline = chat->meter.time + SAMPLE_INTERVAL;
     if (write(chat->child.prompts, line, length + 1) > 0) kill(chat->child.pid, SIGUSR1);
 }
 
@@ -469,7 +458,7 @@ static void take_returns(Chat *chat) {
             }
             chat->phase = ASKING; // the prompt mark is there already
         } else if (chat->phase == WORKING) {
-            if (!chat->sampler.told) log_sample(&chat->sampler, chat->child.pid);
+            if (!chat->meter.told) log_sample(&chat->meter, chat->child.pid);
             ask(chat, ASKING);
         }
     }
@@ -492,7 +481,7 @@ static bool take_signals(Chat *chat) {
 // A deadline has passed.
 static void be_late(Chat *chat) {
     if (chat->phase == WORKING) {
-        log_sample(&chat->sampler, chat->child.pid);
+        log_sample(&chat->meter, chat->child.pid);
         chat->deadline += SAMPLE_INTERVAL;
         // After a pause (the machine slept, the user typed Ctrl-Z) no lines are made up for.
         if (chat->deadline < seconds()) chat->deadline = seconds() + SAMPLE_INTERVAL;
@@ -556,7 +545,7 @@ static int report_end(const Chat *chat, int status) {
 static int hold_chat(const Options *options, int signals, const SignalState *before) {
     Chat chat = {.options = options, .signals = signals, .input.fd = STDIN_FILENO};
     if (start_engine(&chat.child, options, before) < 0) return 1;
-    clock_getcpuclockid(chat.child.pid, &chat.sampler.cpu_clock);
+    clock_getcpuclockid(chat.child.pid, &chat.meter.cpu_clock);
     ask(&chat, LOADING);
     int status;
     while (wait_for_event(&chat, &status)) take_input(&chat);

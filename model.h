@@ -96,7 +96,7 @@ typedef struct {
     int8_t *q;     // [token][width], -127..127
     int16_t *wide; // the same, for kernels that multiply numbers of 16 bits
     float *s;      // [token][width / GROUP]
-    int32_t *sum;  // [token][width / GROUP], 128 * the group's sum of q: see mat_vec_mul of AVX-512
+    int32_t *sum;  // [token][width / GROUP], 128 * the group's sum of q, see dot_32 of AVX-512
 } Activations;
 
 // ------------------------------------------------------------------------------------------------
@@ -442,8 +442,11 @@ static bool is_in_huge_pages(const Transformer *t) {
 // Copies another 2 MB of the file into a huge page and puts that in the place of the file's pages,
 // at the same address. Called once per token, it is done after 70 of them, and no user notices.
 static void move_to_huge_pages(Transformer *t) {
-    if (t->moved == 0 && is_in_huge_pages(t)) t->moved = t->file_size;
-    if (t->moved + HUGE_PAGE > t->file_size) return;
+    if (t->moved + HUGE_PAGE > t->file_size) return; // done, or too small for it
+    if (t->moved == 0 && is_in_huge_pages(t)) {
+        t->moved = t->file_size;
+        return;
+    }
     size_t pages = (t->file_size + HUGE_PAGE - 1) / HUGE_PAGE;
     char *from = t->file + t->moved, *page = from + pages * HUGE_PAGE;
     bool good = mprotect(page, HUGE_PAGE, PROT_READ | PROT_WRITE) == 0 &&

@@ -99,7 +99,8 @@ def start_up(folder, **environment):
     peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
     engine.stdin.close()
     engine.send_signal(signal.SIGUSR1)
-    engine.communicate()
+    engine.stdout.read()
+    engine.wait()
     os.close(returns)
     return ready - start, first - ready, peak
 
