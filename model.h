@@ -409,9 +409,9 @@ static void free_transformer(Transformer *t) {
     *t = (Transformer){0};
 }
 
-// Weights are read a quarter faster from huge pages: the processor's prefetching stops at the end
+// Decoding is some 15% faster from huge pages: the processor's prefetching stops at the end
 // of a page. So the file is mapped where a huge page can begin. A file system that keeps files in
-// huge pages (ext4 since Linux 6.16, xfs) maps it in a moment; for the others, see
+// huge pages (as ext4 in Linux 6.18) maps it in a moment; for the others, see
 // move_to_huge_pages(), there is as much room again behind it.
 static int map_file(Transformer *t, int fd) {
     size_t pages = (t->file_size + HUGE_PAGE - 1) / HUGE_PAGE;
