@@ -58,6 +58,14 @@ __attribute__((format(printf, 1, 2))) static inline void complain(const char *fo
     }
 }
 
+// Flushes stdout. Returns 0, or -1: quietly if nobody reads it any more or it was closed from the
+// beginning, and after a complaint otherwise.
+static inline int flush_output(void) {
+    if (fflush(stdout) != EOF) return 0;
+    if (errno != EPIPE && errno != EBADF) complain("Cannot write the output: %s.", strerror(errno));
+    return -1;
+}
+
 // Opens whatever of stdin, stdout and stderr the caller's parent has closed, so that no pipe or
 // file opened later gets its number. Each is opened for the wrong direction: using it still fails.
 static inline void hold_standard_files(void) {
@@ -213,7 +221,8 @@ static inline void refuse_long_prompt(void) {
 #define RETURN_FD 3                    // where the engine finds the return pipe
 #define FRONT_END_ENV "CHAT_FRONT_END" // the front end's pid, in the engine's environment
 
-// Answers one prompt on stdout. Returns 0, or -1 if the session can't go on; the reason is told.
+// Answers one prompt on stdout. Returns 0, or -1 if the session can't go on; the reason is told,
+// but for a stdout that nobody reads.
 typedef struct Session Session; // the engine's own
 typedef int Answer(Session *session, const char *prompt, size_t length);
 
@@ -264,7 +273,7 @@ static inline int serve_stdin(Answer *answer, Session *session) {
     bool marks = isatty(STDIN_FILENO);
     for (;;) {
         if (marks) fputs(PROMPT_MARK, stdout);
-        if (fflush(stdout) == EOF) return -1;
+        if (flush_output() < 0) return -1;
         int length;
         while ((length = next_line(&reader, prompt)) == NO_LINE_YET) fill(&reader);
         if (length == END_OF_INPUT) break;
@@ -276,7 +285,7 @@ static inline int serve_stdin(Answer *answer, Session *session) {
 }
 
 // Answers the prompts of the command line, or else those of the front end, or else those of stdin,
-// until there are no more. Returns 0, or -1 if the session ended before that; the reason is told.
+// until there are no more. Returns 0, or -1 if the session ended before that.
 static inline int serve(Answer *answer, Session *session, char **prompts, int count) {
     if (count == 0 && is_child_of_front_end()) return serve_front_end(answer, session);
     if (count == 0) return serve_stdin(answer, session);

@@ -234,9 +234,15 @@ static void start_sampling(CpuMeter *meter) {
     meter->told = false;
 }
 
+// Would a line written there now be taken at once, or fail at once?
+static bool would_take(int fd) {
+    return poll(&(struct pollfd){.fd = fd, .events = POLLOUT}, 1, 0) == 1;
+}
+
 // Writes one line of the log. utime and stime are in clock ticks, vsize is in bytes. The name,
 // field 2, may hold spaces and parentheses, so what follows it is found behind the last ')'.
 static void log_sample(CpuMeter *meter, pid_t pid) {
+    if (!would_take(STDERR_FILENO)) return; // nobody reads the log: rather lose a line than hang
     char path[64], stat[4096];
     snprintf(path, sizeof(path), "/proc/%d/stat", (int)pid);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -385,6 +391,7 @@ typedef struct {
     CpuMeter meter;
     double deadline;    // when the wait must end: next line of the log, or the end of patience
     int interrupt;      // the SIGINT or SIGTERM that ends the chat, or 0
+    bool mark_due;      // the prompt mark is not printed yet
     bool line_ended;    // the prompt mark is not the last thing on the screen
     bool output_closed; // nobody reads our stdout any more
     bool failed;        // the chat must end with an error, which has been told
@@ -394,6 +401,7 @@ typedef struct {
 // words, if it has any, begin on a new line behind the prompt mark.
 static void say_goodbye(Chat *chat) {
     chat->phase = LEAVING;
+    chat->mark_due = false;
     chat->line_ended = true;
     putchar('\n');
     fflush(stdout);
@@ -401,10 +409,17 @@ static void say_goodbye(Chat *chat) {
     kill(chat->child.pid, SIGUSR1);
 }
 
+// Asks for a prompt, as soon as stdout takes the mark: main must not wait in write(2), where no
+// signal would reach it.
 static void ask(Chat *chat, Phase phase) {
     chat->phase = phase;
+    chat->mark_due = true;
+}
+
+static void print_mark(Chat *chat) {
+    chat->mark_due = false;
     fputs(PROMPT_MARK, stdout);
-    if (fflush(stdout) != EOF) return;
+    if (flush_output() == 0) return;
     chat->output_closed = true;
     say_goodbye(chat);
 }
@@ -412,6 +427,7 @@ static void ask(Chat *chat, Phase phase) {
 // Passes an interrupt on. SIGCONT wakes a stopped engine, which would not notice it.
 static void interrupt_engine(Chat *chat, int signal) {
     chat->phase = LEAVING;
+    chat->mark_due = false;
     chat->interrupt = signal;
     chat->deadline = seconds() + GRACE_PERIOD;
     kill(chat->child.pid, signal);
@@ -431,7 +447,7 @@ static void send_prompt(Chat *chat, char *line, size_t length) {
 // Takes lines of input until one is a prompt, or there are no more for now, or for good.
 static void take_input(Chat *chat) {
     char line[MAX_PROMPT_LEN + 1];
-    while (chat->phase == ASKING) {
+    while (chat->phase == ASKING && !chat->mark_due) {
         int length = next_line(&chat->input, line);
         if (length > 0) send_prompt(chat, line, (size_t)length);
         else if (length == END_OF_INPUT) say_goodbye(chat);
@@ -495,15 +511,17 @@ static void be_late(Chat *chat) {
 static bool wait_for_event(Chat *chat, int *status) {
     struct pollfd events[] = {
         {.fd = chat->signals, .events = POLLIN},
-        {.fd = chat->phase == ASKING ? chat->input.fd : -1, .events = POLLIN},
+        {.fd = chat->phase == ASKING && !chat->mark_due ? chat->input.fd : -1, .events = POLLIN},
+        {.fd = chat->mark_due ? STDOUT_FILENO : -1, .events = POLLOUT},
     };
     bool timed = chat->phase == WORKING || chat->interrupt != 0;
     double left = chat->deadline - seconds();
     if (left < 0) left = 0;
     struct timespec timeout = {(time_t)left, (long)(1e9 * (left - (double)(time_t)left))};
-    int ready = ppoll(events, 2, timed ? &timeout : NULL, NULL);
+    int ready = ppoll(events, 3, timed ? &timeout : NULL, NULL);
     if (ready == 0) be_late(chat);
     if (events[1].revents) fill(&chat->input);
+    if (events[2].revents) print_mark(chat);
     return !(take_signals(chat) && waitpid(chat->child.pid, status, WNOHANG) == chat->child.pid);
 }
 
@@ -530,11 +548,13 @@ static int report_end(const Chat *chat, int status) {
     int signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
     if (chat->interrupt) signal = chat->interrupt;
     int code = signal ? 128 + signal : WEXITSTATUS(status);
-    // Killed by SIGPIPE, the engine has found nobody who reads: there is nobody to tell.
-    if (!chat->output_closed && signal != SIGPIPE) {
+    struct pollfd output = {.fd = STDOUT_FILENO, .events = POLLOUT};
+    bool readable = poll(&output, 1, 0) == 1 && !(output.revents & (POLLERR | POLLNVAL));
+    if (!chat->output_closed && readable) { // there is somebody to tell
         printf("%sChild exited with %d", chat->line_ended ? "" : "\n", code);
         if (signal) printf(" (%s)", signal_name(signal));
         putchar('\n');
+        fflush(stdout);
     }
     if (chat->interrupt) return code;
     return chat->phase == LEAVING && code == 0 && !chat->failed && !chat->output_closed ? 0 : 1;

@@ -409,18 +409,20 @@ static void free_transformer(Transformer *t) {
     *t = (Transformer){0};
 }
 
-// Decoding is some 15% faster from huge pages: the processor's prefetching stops at the end
-// of a page. So the file is mapped where a huge page can begin. A file system that keeps files in
-// huge pages (as ext4 in Linux 6.18) maps it in a moment; for the others, see
-// move_to_huge_pages(), there is as much room again behind it.
+static char *align_to_huge_page(void *address) {
+    return (char *)address + (HUGE_PAGE - (uintptr_t)address % HUGE_PAGE) % HUGE_PAGE;
+}
+
+// Decoding is some 15% faster from huge pages: the processor's prefetching stops at the end of a
+// page. So the file is mapped where a huge page can begin. A file system that keeps files in huge
+// pages (as ext4 in Linux 6.18) maps it in a moment; for the others, see move_to_huge_pages().
 static int map_file(Transformer *t, int fd) {
-    size_t pages = (t->file_size + HUGE_PAGE - 1) / HUGE_PAGE;
-    t->room_size = (2 * pages + 1) * HUGE_PAGE;
+    t->room_size = t->file_size + HUGE_PAGE;
     void *room =
         mmap(NULL, t->room_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (room == MAP_FAILED) return -1;
     t->room = room;
-    t->file = t->room + (HUGE_PAGE - (uintptr_t)room % HUGE_PAGE) % HUGE_PAGE;
+    t->file = align_to_huge_page(room);
     if (mmap(t->file, t->file_size, PROT_READ, MAP_PRIVATE | MAP_FIXED, fd, 0) == MAP_FAILED)
         return -1;
     madvise(t->file, t->file_size, MADV_HUGEPAGE); // advice: without huge pages it works, too
@@ -447,13 +449,24 @@ static void move_to_huge_pages(Transformer *t) {
         t->moved = t->file_size;
         return;
     }
-    size_t pages = (t->file_size + HUGE_PAGE - 1) / HUGE_PAGE;
-    char *from = t->file + t->moved, *page = from + pages * HUGE_PAGE;
-    bool good = mprotect(page, HUGE_PAGE, PROT_READ | PROT_WRITE) == 0 &&
-                madvise(page, HUGE_PAGE, MADV_HUGEPAGE) == 0 && memcpy(page, from, HUGE_PAGE) &&
-                mprotect(page, HUGE_PAGE, PROT_READ) == 0 &&
-                mremap(page, HUGE_PAGE, HUGE_PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, from) == from;
-    t->moved = good ? t->moved + HUGE_PAGE : t->file_size; // if it can't be done, it may stay
+    char *from = t->file + t->moved;
+    t->moved = t->file_size; // if it can't be done, it may stay
+    void *spare =
+        mmap(NULL, 2 * HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (spare == MAP_FAILED) return;
+    char *page = align_to_huge_page(spare);
+    madvise(page, HUGE_PAGE, MADV_HUGEPAGE);
+    memcpy(page, from, HUGE_PAGE);
+    if (mprotect(page, HUGE_PAGE, PROT_READ) == 0 &&
+        mremap(page, HUGE_PAGE, HUGE_PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, from) == from) {
+        t->moved = (size_t)(from - t->file) + HUGE_PAGE;
+        // What is left of the spare room lies before and behind the page that has gone.
+        size_t before = (size_t)(page - (char *)spare);
+        if (before > 0) munmap(spare, before);
+        munmap(page + HUGE_PAGE, HUGE_PAGE - before);
+    } else {
+        munmap(spare, 2 * HUGE_PAGE);
+    }
 }
 
 // Loads the model of a path: maps the file, checks it, gets memory. Returns 0, or -1 after one line
@@ -1020,7 +1033,7 @@ static bool is_control_token(const Tokenizer *t, int id) {
     if (token->length < 3 || token->bytes[0] != '<' || token->bytes[token->length - 1] != '>')
         return false;
     for (int i = 1; i < token->length - 1; i++)
-        if (t->class_of[(unsigned char)token->bytes[i]] == LETTER) return true;
+        if ((token->bytes[i] | 0x20) >= 'a' && (token->bytes[i] | 0x20) <= 'z') return true;
     return false;
 }
 
@@ -1161,6 +1174,7 @@ static int build_sampler(Sampler *s, int vocab_size, float temperature, float to
     if (s->candidates && s->kernels) return 0;
     if (s->kernels) complain("There is not enough memory for a vocabulary of %d.", vocab_size);
     free(s->candidates);
+    s->candidates = NULL;
     return -1;
 }
 
@@ -1369,7 +1383,7 @@ static int generate(Session *s, const char *prompt, size_t length) {
             printf("The prompt has %d tokens and was not used: the context window holds %d.\n",
                    count, seq_len);
         free(turn);
-        return fflush(stdout) == EOF || count < 0 ? -1 : 0;
+        return flush_output() < 0 || count < 0 ? -1 : 0;
     }
     // A reply may be longer than half the window only if there is room: old turns are worth more.
     int reserve = s->max_new_tokens < seq_len / 2 ? s->max_new_tokens : seq_len / 2;
@@ -1390,7 +1404,7 @@ static int generate(Session *s, const char *prompt, size_t length) {
         if (generated++ == 0) start = now;
         if (is_control_token(t, token)) break;
         print_text(&printer, t->tokens[token].bytes, (size_t)t->tokens[token].length);
-        if (fflush(stdout) == EOF) return -1;
+        if (flush_output() < 0) return -1;
         s->ids[s->length++] = token;
     }
     s->ids[s->length++] = t->im_end;
@@ -1401,7 +1415,7 @@ static int generate(Session *s, const char *prompt, size_t length) {
     double speed = now > start ? (generated - 1) / (now - start) : 0;
     printf("%s%s[INFO] SEQ LEN: %d, Speed: %.4f tok/s%s\n", printer.line_open ? "\n" : "", green,
            s->length, speed, plain);
-    return fflush(stdout) == EOF ? -1 : 0;
+    return flush_output();
 }
 
 #elif defined(ISA) // end of the first reading; from here on it is read for each instruction set
@@ -1461,8 +1475,8 @@ static const uint64_t exp_table[32] = {
 // exp_table at LANES / 2 indices, of which the lowest 5 bits count
 INLINE longs NAME(look_up)(longs i) {
 #if defined(ISA_AVX512)
-    const __m512i *table =
-        (const __m512i *)exp_table; // 4 registers; bit 4 of the index chooses a pair
+    // The table is 4 registers; bit 4 of the index chooses a pair of them.
+    const __m512i *table = (const __m512i *)exp_table;
     __m512i low = _mm512_permutex2var_epi64(_mm512_loadu_si512(table), (__m512i)i,
                                             _mm512_loadu_si512(table + 1));
     __m512i high = _mm512_permutex2var_epi64(_mm512_loadu_si512(table + 2), (__m512i)i,
@@ -1671,25 +1685,6 @@ KERNEL void NAME(mix)(float *out, const float *weight, size_t stride, int heads,
     }
 }
 
-// One row at a time: what remains of a matrix whose rows don't fill the last block.
-INLINE void NAME(single_rows)(float *out, const QuantizedTensor *w, int first, int last,
-                              const Activations *x, int token) {
-    int groups = w->cols / GROUP;
-    const int8_t *xq = x->q + (size_t)token * (size_t)w->cols;
-    const float *xs = x->s + (size_t)token * (size_t)groups;
-    for (int row = first; row < last; row++) {
-        const int8_t *q = w->q + (size_t)row * (size_t)w->cols;
-        const float *scale = w->s + (size_t)row * (size_t)groups;
-        float sum = 0;
-        for (int group = 0; group < groups; group++) {
-            int32_t dot = 0;
-            for (int i = group * GROUP; i < (group + 1) * GROUP; i++) dot += q[i] * xq[i];
-            sum = sum + ((float)dot * scale[group]) * xs[group];
-        }
-        out[(size_t)token * (size_t)w->rows + (size_t)row] = sum;
-    }
-}
-
 // What the two instruction sets of x86 do differently. A step is 4 bytes of a row: 4 weights, or 2
 // of 16 bits.
 #if defined(ISA_AVX512)
@@ -1777,6 +1772,25 @@ INLINE void NAME(transpose)(ints rows[8]) {
 #endif
 #if defined(ISA_AVX2) || defined(ISA_AVX512)
 
+// One row at a time: what remains of a matrix whose rows don't fill the last block.
+INLINE void NAME(single_rows)(float *out, const QuantizedTensor *w, int first, int last,
+                              const Activations *x, int token) {
+    int groups = w->cols / GROUP;
+    const int8_t *xq = x->q + (size_t)token * (size_t)w->cols;
+    const float *xs = x->s + (size_t)token * (size_t)groups;
+    for (int row = first; row < last; row++) {
+        const int8_t *q = w->q + (size_t)row * (size_t)w->cols;
+        const float *scale = w->s + (size_t)row * (size_t)groups;
+        float sum = 0;
+        for (int group = 0; group < groups; group++) {
+            int32_t dot = 0;
+            for (int i = group * GROUP; i < (group + 1) * GROUP; i++) dot += q[i] * xq[i];
+            sum = sum + ((float)dot * scale[group]) * xs[group];
+        }
+        out[(size_t)token * (size_t)w->rows + (size_t)row] = sum;
+    }
+}
+
 // The sums of the lanes of 8 vectors, as the lanes of one: a transposition that adds as it goes.
 INLINE __m256i NAME(sum_lanes)(const __m256i v[8]) {
     __m256i pair[4], four[2];
@@ -1794,8 +1808,8 @@ INLINE __m256i NAME(sum_lanes)(const __m256i v[8]) {
 // float products that the sums of the rows are made of. The lanes are the groups. The weights are
 // volatile so that the compiler loads them in the order of their addresses, which is worth a third
 // of the speed: the hardware's prefetcher follows nothing else.
-INLINE void NAME(multiply_groups)(float *products, const int8_t *w, const float *scales,
-                                  const int8_t *x, const float *x_scales, const int32_t *excess) {
+INLINE __m256 NAME(multiply_groups)(const int8_t *w, const float *scales, const int8_t *x,
+                                    const float *x_scales, const int32_t *excess) {
     __m256i dot[8];
     for (int i = 0; i < 8; i++, w += GROUP, x += GROUP) {
         __m256i low = LOAD(volatile __m256i_u, w), high = LOAD(volatile __m256i_u, w + GROUP / 2);
@@ -1804,7 +1818,7 @@ INLINE void NAME(multiply_groups)(float *products, const int8_t *w, const float 
     }
     __m256i dots = _mm256_sub_epi32(NAME(sum_lanes)(dot), LOAD(__m256i_u, excess));
     __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(dots), _mm256_loadu_ps(scales));
-    _mm256_storeu_ps(products, _mm256_mul_ps(scaled, _mm256_loadu_ps(x_scales)));
+    return _mm256_mul_ps(scaled, _mm256_loadu_ps(x_scales));
 }
 
 // Blocks of 8 rows, whose weights are one run of memory, taken eight groups at a time, whatever row
@@ -1825,16 +1839,16 @@ KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, int first, i
     int row = first;
     for (; row + 8 <= last; row += 8) {
         size_t block = (size_t)row * (size_t)groups;
+        // The scales lie elsewhere: bring their cache lines here in one go.
         const volatile float *scales = w->s + block;
-        for (int i = 0; i < 8 * groups; i += 16)
-            (void)scales[i]; // bring their cache lines here in one go
+        for (int i = 0; i < 8 * groups; i += 16) (void)scales[i];
         for (int at = 0, start = 0; at < 8 * groups; at += 8) {
             size_t here = block + (size_t)at;
-            NAME(multiply_groups)
-            (products + at, w->q + here * GROUP, w->s + here, q + start * GROUP, scale + start,
-             excess + start);
-            for (start += 8; start >= groups; start -= groups)
-                continue; // modulo without a division
+            __m256 eight = NAME(multiply_groups)(w->q + here * GROUP, w->s + here,
+                                                 q + start * GROUP, scale + start, excess + start);
+            _mm256_storeu_ps(products + at, eight);
+            start += 8; // modulo groups
+            while (start >= groups) start -= groups;
         }
         for (int i = 0; i < 8; i++) {
             float sum = 0;
@@ -1901,8 +1915,14 @@ INLINE void NAME(multiply_panel)(float *out, size_t stride, const ints *panel, c
                                     LOAD(floats, scales + group * PANEL_ROWS + part * LANES)) *
                                        x->s[at + (size_t)(t * groups)];
     }
-    for (int t = 0; t < tokens; t++)
-        memcpy(out + (size_t)(token + t) * stride, sum[t], (size_t)rows * sizeof(float));
+    for (int t = 0; t < tokens; t++) {
+        float *to = out + (size_t)(token + t) * stride, edge[PANEL_ROWS];
+        float *all =
+            rows < PANEL_ROWS ? edge : to; // sums that go to a fixed place stay in registers
+        STORE(floats, all, sum[t][0]);
+        STORE(floats, all + LANES, sum[t][1]);
+        if (rows < PANEL_ROWS) memcpy(to, edge, (size_t)rows * sizeof(float));
+    }
 }
 
 KERNEL void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, int first, int last,
