@@ -1,4 +1,5 @@
 """The two processes: signals, deaths, closed files, bad arguments. Nothing hangs or is left."""
+import fcntl
 import os
 import shutil
 import signal
@@ -6,7 +7,8 @@ import struct
 import time
 import unittest
 
-from support import AT_ONCE, INFERENCE, MAIN, TINY, SessionTestCase, replies, wait_until
+from support import (AT_ONCE, INFERENCE, MAIN, PATIENCE, TINY, SessionTestCase, replies,
+                     wait_until)
 
 # Bodies of fake engines
 LOADING = """
@@ -252,6 +254,12 @@ class DeathTest(PhaseTestCase):
                         session.send("Hello!\n")
                     self.assert_ends(session, 1, said)
 
+    def test_a_stray_sigpipe_is_reported(self):
+        """A child killed by SIGPIPE while its output is read died like any other."""
+        session = self.typing()
+        os.kill(session.engine, signal.SIGPIPE)
+        self.assert_ends(session, 1, "141 (SIGPIPE)")
+
     def test_an_engine_without_main_dies(self):
         """main, killed, takes the engine with it."""
         for phase in self.phases:
@@ -327,6 +335,9 @@ class BellTest(PhaseTestCase):
         self.assertEqual(replies(session.text), replies(quiet.text))
 
 
+F_SETPIPE_SZ = 1031  # not in fcntl before python 3.10
+
+
 class ClosedFileTest(PhaseTestCase):
     def closed(self, redirections, said=""):
         return self.run_to_end("sh", "-c", f'exec "$0" -d "$1" 42 {redirections}', MAIN, TINY,
@@ -340,7 +351,7 @@ class ClosedFileTest(PhaseTestCase):
 
     def test_a_closed_stdout_is_a_quiet_end(self):
         """Nothing but the log on stderr, and no hang."""
-        for redirections in (">&-", ">&- <&-", ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full"):
+        for redirections in (">&-", ">&- <&-", ">&- 2>&-", "<&- >&- 2>&-"):
             with self.subTest(redirections):
                 session = self.closed(redirections, said="Hello!\nHello!\n")
                 self.assertEqual(session.text, "")
@@ -362,6 +373,39 @@ class ClosedFileTest(PhaseTestCase):
                 session.send("Hello!\n")
                 self.assertGreaterEqual(session.finish(), 0)
                 self.assertGreaterEqual(len(session.log_lines), 1)
+
+    def test_an_interrupt_ends_a_chat_that_nobody_reads(self):
+        """A full pipe behind stdout does not make main deaf: it never waits in a write."""
+        session = self.chat(42)
+        fcntl.fcntl(session.reply, F_SETPIPE_SZ, 4096)
+        session.send("Tell me a story.\n" * 60)
+        wait_until(lambda: len(session.family()) == 2 and
+                   all(process.state == "S" for process in session.family()), "all wait")
+        session.signal(signal.SIGTERM)
+        self.assertEqual(session.process.wait(PATIENCE), 143)
+        self.assertEqual(session.family(), [])
+
+    def test_an_interrupt_ends_a_chat_whose_log_nobody_reads(self):
+        """Likewise a full pipe behind stderr: rather a line of the log is lost."""
+        reader, log = os.pipe()
+        self.addCleanup(os.close, reader)
+        fcntl.fcntl(reader, F_SETPIPE_SZ, 4096)
+        session = self.start_fake(SLOW_REPLIES, prepare=lambda: os.dup2(log, 2))
+        os.write(log, b"x" * 4096)
+        os.close(log)
+        session.send("Hello!\n")
+        session.read_until("Well, ")
+        time.sleep(0.5)  # a line of the log is due by now
+        session.signal(signal.SIGINT)
+        self.assert_ends(session, 130, "130 (SIGINT)")
+
+    def test_a_full_disk_is_told(self):
+        """Output that cannot be written although somebody wants it is an error, not a quiet end."""
+        for program in (MAIN, INFERENCE):
+            session = self.run_to_end("sh", "-c", 'exec "$0" -d "$1" 42 >/dev/full', program, TINY,
+                                      said="Hello!\n")
+            self.assertEqual(session.status, 1)
+            self.assertIn("Cannot write the output", session.errors)
 
     def test_main_survives_a_reader_that_went_away(self):
         """main's own words, the mark and the child's end, do not kill it by SIGPIPE either."""
