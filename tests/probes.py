@@ -76,3 +76,15 @@ class RefusalTestCase(SessionTestCase):
         self.assertEqual((session.status, session.text), (1, ""), session.errors)
         self.assertEqual(session.errors.count("\n"), 1, session.errors)
         self.assert_refusal(session.errors, path)
+
+    def assert_only_regular_files(self, path):
+        """Nothing, a folder, a device and a pipe at this path are refused."""
+        self.assert_refused(path)
+        path.mkdir()
+        self.assert_refused(path)
+        path.rmdir()
+        path.symlink_to("/dev/zero")
+        self.assert_refused(path)
+        path.unlink()
+        os.mkfifo(path)
+        self.assert_refused(path)
