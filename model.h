@@ -1806,8 +1806,8 @@ INLINE __m256i NAME(sum_lanes)(const __m256i v[8]) {
 
 // Eight groups of weights that lie one behind the other times as many groups of activations: the
 // float products that the sums of the rows are made of. The lanes are the groups. The weights are
-// volatile so that the compiler loads them in the order of their addresses, which is worth a third
-// of the speed: the hardware's prefetcher follows nothing else.
+// volatile so that the compiler loads them in the order of their addresses, the one that the
+// hardware's prefetcher follows: a third faster on Zen 4.
 INLINE __m256 NAME(multiply_groups)(const int8_t *w, const float *scales, const int8_t *x,
                                     const float *x_scales, const int32_t *excess) {
     __m256i dot[8];
@@ -1822,7 +1822,7 @@ INLINE __m256 NAME(multiply_groups)(const int8_t *w, const float *scales, const 
 }
 
 // Blocks of 8 rows, whose weights are one run of memory, taken eight groups at a time, whatever row
-// they belong to. No prefetch instructions: they only disturb the hardware's prefetcher.
+// they belong to. Prefetch instructions of any kind and distance made it slower on Zen 4.
 KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, int first, int last,
                               const Activations *x) {
     // The activations of a row come again with every row; any 8 groups in this circle lie side by
