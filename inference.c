@@ -30,7 +30,7 @@ int main(int argc, char **argv) {
 
     Session session;
     if (build_session(&session, &settings) < 0) return 1;
-    int result = serve(generate, &session, argv + optind + 1, argc - optind - 1);
+    int result = serve(generate, prepare, &session, argv + optind + 1, argc - optind - 1);
     free_session(&session);
     return result < 0 ? 1 : 0;
 }

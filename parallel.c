@@ -202,7 +202,8 @@ int main(int argc, char **argv) {
     if (build_session(&session, &settings) < 0) return 1;
     int result = 1;
     if (init_thr_pool((int)threads) == 0) {
-        result = serve(generate, &session, argv + optind + 2, argc - optind - 2) < 0 ? 1 : 0;
+        result =
+            serve(generate, prepare, &session, argv + optind + 2, argc - optind - 2) < 0 ? 1 : 0;
         close_thr_pool();
         print_usage();
     }

@@ -156,7 +156,7 @@ int main(int argc, char **argv) {
     int cores = (int)sysconf(_SC_NPROCESSORS_ONLN), readers = threads < cores ? threads : cores;
     char *block = huge_block(t.file_size);
     fill_caches(&t);
-    decode(&t, &sampler, 100, 80); // until all of the weights are in huge pages
+    pack_weights(&t);
 
     for (int run = 0; run < atoi(argv[2]); run++) {
         // bandwidth; for each position: seconds per token, bytes read per token; for each prompt
