@@ -67,14 +67,30 @@ static double time_reading(const char *memory, size_t size, int threads, int str
     return time;
 }
 
-// Bytes per second, the best of several ways.
+// ------------------------------------------------------------------------------------------------
+// Medians, which a neighbour of the machine does not move so easily
+
+static int compare_doubles(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *values, int count) {
+    qsort(values, (size_t)count, sizeof(double), compare_doubles);
+    return count % 2 ? values[count / 2] : (values[count / 2 - 1] + values[count / 2]) / 2;
+}
+
+// Bytes per second: the best of several ways, each the median of some readings.
 static double bandwidth(const char *memory, size_t size, int threads) {
     const int streams[] = {1, 2, 4, 8};
     const size_t ahead[] = {0, 256, 1024};
     double best = 0;
     for (int s = 0; s < 4; s++)
         for (int a = 0; a < 3; a++) {
-            double rate = (double)size / time_reading(memory, size, threads, streams[s], ahead[a]);
+            double time[5];
+            for (int i = 0; i < 5; i++)
+                time[i] = time_reading(memory, size, threads, streams[s], ahead[a]);
+            double rate = (double)size / median(time, 5);
             if (rate > best) best = rate;
         }
     return best;
@@ -98,12 +114,17 @@ static double cpu_seconds(struct timeval time) {
     return (double)time.tv_sec + 1e-6 * (double)time.tv_usec;
 }
 
-// Seconds per token from a position on, the sampler included.
-static double decode(Transformer *t, Sampler *sampler, int pos, int tokens) {
-    int token = 1;
-    double start = seconds();
-    for (int i = 0; i < tokens; i++) token = sample(sampler, forward(t, &token, 1, pos + i));
-    return (seconds() - start) / tokens;
+#define TOKENS 24 // decoded in one go
+
+// Seconds of a token near a position, the sampler included.
+static double decode(Transformer *t, Sampler *sampler, int pos) {
+    double time[TOKENS];
+    for (int i = 0, token = 1; i < TOKENS; i++) {
+        double start = seconds();
+        token = sample(sampler, forward(t, &token, 1, pos + i));
+        time[i] = seconds() - start;
+    }
+    return median(time, TOKENS);
 }
 
 // Tokens per second of a prompt.
@@ -159,20 +180,21 @@ int main(int argc, char **argv) {
     pack_weights(&t);
 
     for (int run = 0; run < atoi(argv[2]); run++) {
-        // bandwidth; for each position: seconds per token, bytes read per token; for each prompt
-        // length: tokens per second; user and system seconds of decoding near the first position
-        printf("%.6g", bandwidth(block, t.file_size, readers));
+        // for each position: read bandwidth, seconds per token, bytes read per token; for each
+        // prompt length: tokens per second; user and system seconds of the tokens near the first
+        // position
         struct rusage before, after;
         for (int i = 0; i < 3; i++) {
+            double rate = bandwidth(block, t.file_size, readers);
             if (i == 0) getrusage(RUSAGE_SELF, &before);
-            double time = decode(&t, &sampler, positions[i], 24);
+            double time = decode(&t, &sampler, positions[i]);
             if (i == 0) getrusage(RUSAGE_SELF, &after);
-            double cache =
-                2.0 * t.config.n_layers * t.config.kv_dim * (positions[i] + 12) * sizeof(float);
-            printf(" %.6g %.6g", time, (double)t.file_size + cache);
+            double cache = 2.0 * t.config.n_layers * t.config.kv_dim * (positions[i] + TOKENS / 2) *
+                           sizeof(float);
+            printf("%.6g %.6g %.6g ", rate, time, (double)t.file_size + cache);
         }
-        for (int i = 0; i < 3; i++) printf(" %.6g", digest(&t, prompts[i]));
-        printf(" %.4f %.4f\n", cpu_seconds(after.ru_utime) - cpu_seconds(before.ru_utime),
+        for (int i = 0; i < 3; i++) printf("%.6g ", digest(&t, prompts[i]));
+        printf("%.4f %.4f\n", cpu_seconds(after.ru_utime) - cpu_seconds(before.ru_utime),
                cpu_seconds(after.ru_stime) - cpu_seconds(before.ru_stime));
         fflush(stdout);
     }

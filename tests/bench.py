@@ -105,22 +105,21 @@ def start_up(folder, **environment):
     return ready - start, first - ready, peak
 
 
-def of_limit(bandwidth, seconds, size):
-    """Percent of the bandwidth that a token of so many bytes in so many seconds uses, per run."""
-    return [100 * s / t / b for b, t, s in zip(bandwidth, seconds, size)]
+def decoding(bandwidth, seconds, size):
+    """Tokens per second and how much of the bandwidth they use, medians over the runs."""
+    percent = statistics.median(100 * s / t / b for b, t, s in zip(bandwidth, seconds, size))
+    return f"{spread([1 / s for s in seconds])}, {percent:.0f}%"
 
 
 def single_thread(runs, model, folder):
     rows = []
     bench = build("bench", "-O3")
     for kernels in figures_of_tables(bench):
-        bandwidth, *columns = figures(bench, model, runs, KERNELS=kernels)
-        row = [kernels, spread([b / 1e9 for b in bandwidth], "{:.1f}")]
+        columns = figures(bench, model, runs, KERNELS=kernels)
+        row = [kernels, spread([b / 1e9 for b in columns[0]], "{:.1f}")]
         for i in range(len(POSITIONS)):
-            seconds, size = columns[2 * i:2 * i + 2]
-            percent = statistics.median(of_limit(bandwidth, seconds, size))
-            row.append(f"{spread([1 / s for s in seconds])}, {percent:.0f}%")
-        for rate in columns[2 * len(POSITIONS):][:len(PROMPTS)]:
+            row.append(decoding(*columns[3 * i:3 * i + 3]))
+        for rate in columns[3 * len(POSITIONS):][:len(PROMPTS)]:
             row.append(spread(rate))
         ready, first, peak = zip(*(start_up(folder, KERNELS=kernels) for _ in range(runs)))
         row += [spread([1000 * t for t in ready], "{:.1f}"), spread([1000 * t for t in first], "{:.1f}"),
@@ -145,14 +144,11 @@ def thread_counts(runs, model):
     rows = []
     bench = build("bench-parallel", "-O2", "-DPARALLEL")
     for threads in THREADS:
-        bandwidth, *columns = figures(bench, model, runs, THREADS=str(threads))
-        seconds, size = columns[:2]
-        percent = statistics.median(of_limit(bandwidth, seconds, size))
+        columns = figures(bench, model, runs, THREADS=str(threads))
         user, system = columns[-2:]
-        rows.append([str(threads), spread([b / 1e9 for b in bandwidth], "{:.1f}"),
-                     f"{spread([1 / s for s in seconds])}, {percent:.0f}%",
-                     *map(spread, columns[6:9]), f"{statistics.median(user):.3f}",
-                     f"{statistics.median(system):.3f}"])
+        rows.append([str(threads), spread([b / 1e9 for b in columns[0]], "{:.1f}"),
+                     decoding(*columns[:3]), *map(spread, columns[3 * len(POSITIONS):][:len(PROMPTS)]),
+                     f"{statistics.median(user):.3f}", f"{statistics.median(system):.3f}"])
     print(f"Threads, on {os.cpu_count()} CPUs. User and system seconds are those of 24 tokens.\n")
     print_table(["threads", "read GB/s", "decoding near 100, of limit",
                  *(f"prompt of {p}" for p in PROMPTS), "user, s", "system, s"], rows)
