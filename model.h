@@ -70,8 +70,8 @@ typedef struct {
 } Config;
 
 // What the kernels read: a group of PANEL_ROWS rows, 4 columns of all rows side by side, so that
-// the sum of a row stays in its own lane of a vector. Its scales lie behind the weights, so that a
-// matrix is one run of memory, which is read from its begin to its end.
+// the sum of a row stays in its own lane of a vector. The scales lie behind their weights, so that
+// memory is read strictly in the order of the addresses, as fast as it can be.
 #define PANEL_ROWS 16
 
 typedef struct {
@@ -86,17 +86,17 @@ typedef struct {
     Panel *panels[2]; // the same for the kernels, see panel_at()
 } QuantizedTensor;
 
-// The panels [cols / GROUP] of 16 rows from `row` on. Even and odd ones are two runs of memory: two
-// streams side by side are read some 5% faster than one.
+// The panels [cols / GROUP] of PANEL_ROWS rows from `row` on. Every other one lies in a second run
+// of memory: two streams side by side are read some 5% faster than one.
 static Panel *panel_at(const QuantizedTensor *w, int row) {
     int i = row / PANEL_ROWS;
     return w->panels[i % 2] + (size_t)(i / 2) * (size_t)(w->cols / GROUP);
 }
 
-// How many panels there are of a kind: even (0) or odd (1) ones.
-static size_t count_panels(const QuantizedTensor *w, int odd) {
-    int runs = (w->rows + PANEL_ROWS - 1) / PANEL_ROWS;
-    return (size_t)((runs + 1 - odd) / 2) * (size_t)(w->cols / GROUP);
+// How many panels a matrix has in the first (0) or the second (1) run of memory.
+static size_t count_panels(const QuantizedTensor *w, int run) {
+    int all = (w->rows + PANEL_ROWS - 1) / PANEL_ROWS;
+    return (size_t)((all + 1 - run) / 2) * (size_t)(w->cols / GROUP);
 }
 
 typedef struct {
@@ -140,7 +140,8 @@ typedef struct {
     // is 0.
     void (*quantize)(Activations *out, int token, const float *x);
 
-    // out[row] = w[row] . x of token 0, for rows first <= row < last. For each group in order:
+    // out[row] = w[row] . x of token 0, for rows first <= row < last, of which first is a multiple
+    // of PANEL_ROWS, and last as well or the end. For each group in order:
     // sum = sum + ((float)(integer dot product) * weight scale) * activation scale.
     void (*mat_vec_mul)(float *out, const QuantizedTensor *w, int first, int last,
                         const Activations *x);
@@ -257,9 +258,9 @@ typedef struct {
     const Kernels *kernels;
     char *file; // model.bin, mapped
     size_t file_size;
-    Panel *panels;      // [all matrices], in the order in which a pass reads them
+    Panel *panels;      // of all matrices: the first runs, then the second ones
     size_t panels_size; // bytes
-    bool packed;
+    bool packed;        // the panels hold the weights
 } Transformer;
 
 // Complains about one of the two files, with what to do. Returns -1.
@@ -441,8 +442,8 @@ static QuantizedTensor *matrix_number(Transformer *t, int i) {
     return (QuantizedTensor *[]){&l->wq, &l->wk, &l->wv, &l->wo, &l->w1, &l->w3, &l->w2}[i % 7];
 }
 
-// Gets the memory for the panels: in huge pages, at whose ends the processor's prefetching does not
-// stop. Nothing of it is there before pack_panels() writes it.
+// Gets the memory for the panels, in huge pages: at the end of each page the processor's
+// prefetching stops. Nothing of it is there before pack_rows() writes it.
 static int build_panels(Transformer *t, const char *path) {
     size_t count = 0;
     QuantizedTensor *w;
@@ -457,10 +458,10 @@ static int build_panels(Transformer *t, const char *path) {
     t->panels = memory;
     madvise(memory, t->panels_size, MADV_HUGEPAGE); // advice: without huge pages it works, too
     Panel *next = t->panels;
-    for (int odd = 0; odd < 2; odd++)
+    for (int run = 0; run < 2; run++)
         for (int i = 0; (w = matrix_number(t, i)); i++) {
-            w->panels[odd] = next;
-            next += count_panels(w, odd);
+            w->panels[run] = next;
+            next += count_panels(w, run);
         }
     return 0;
 }
@@ -472,8 +473,8 @@ static void pack_rows(QuantizedTensor *w, int first, int last) {
     for (int start = first; start < last; start += PANEL_ROWS) {
         Panel *panel = panel_at(w, start);
         int rows = last - start < PANEL_ROWS ? last - start : PANEL_ROWS;
-        // The rows are taken side by side, but fetched before in the order of their addresses, the
-        // one that the hardware's prefetching follows: twice as fast.
+        // The rows are taken side by side, but before that fetched in the order of their addresses,
+        // which the processor's prefetching follows: twice as fast.
         const volatile int8_t *all = w->q + (size_t)start * (size_t)w->cols;
         for (int i = 0; i < rows * w->cols; i += 64) (void)all[i];
         for (size_t group = 0; group < groups; group++, panel++)
@@ -687,8 +688,8 @@ static void multi_head_attn(const Pass *pass, int layer, int token, Range heads,
     }
 }
 
-// A worker's share of putting the weights into panels. The pages of the file that are done with are
-// given back, so that at no time the weights are there twice.
+// A worker's share of putting the weights into panels. The file's pages are given back as soon as
+// they are done with, so that the weights never take the memory twice.
 static void pack_share(Transformer *t, int worker, int workers) {
     for (int i = 7 * t->config.n_layers; i >= 0; i--) {
         QuantizedTensor *w = matrix_number(t, i);
@@ -1828,11 +1829,12 @@ INLINE int32_t NAME(excess)(const Activations *x, size_t group) { return (void)x
 
 #endif
 
-// A tile: the rows of some panels times some tokens, both known at compile time, so that all sums
-// stay in registers.
+// A tile: the rows of 1 or 2 panels times some tokens. Both numbers are known at compile time, so
+// that the sums stay in registers. The weights are volatile so that each is loaded once, in the
+// order of the addresses.
 INLINE void NAME(multiply_tile)(float *out, const QuantizedTensor *w, int row, const int panels,
                                 const Activations *x, int token, const int tokens) {
-    enum { OF_PANEL = PANEL_ROWS / LANES, VECTORS = 2 * OF_PANEL }; // panels are 1 or 2
+    enum { OF_PANEL = PANEL_ROWS / LANES, VECTORS = 2 * OF_PANEL };
     const int vectors = panels * OF_PANEL, groups = w->cols / GROUP;
     const Panel *panel[] = {panel_at(w, row), panel_at(w, row + (panels - 1) * PANEL_ROWS)};
     floats sum[TILE_TOKENS][VECTORS];
@@ -1872,6 +1874,7 @@ INLINE void NAME(multiply_tile)(float *out, const QuantizedTensor *w, int row, c
     }
 }
 
+// Panels of the two runs of memory in turn: two streams.
 KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, int first, int last,
                               const Activations *x) {
     int row = first;
@@ -1880,7 +1883,7 @@ KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, int first, i
     for (; row < last; row += PANEL_ROWS) NAME(multiply_tile)(out, w, row, 1, x, 0, 1);
 }
 
-// All tokens for the rows of a tile.
+// All tokens for the rows of a tile, whose weights the cache holds meanwhile.
 INLINE void NAME(multiply_panels)(float *out, const QuantizedTensor *w, int row, const int panels,
                                   const Activations *x, int n) {
     int token = 0;
@@ -1888,10 +1891,8 @@ INLINE void NAME(multiply_panels)(float *out, const QuantizedTensor *w, int row,
         NAME(multiply_tile)(out, w, row, panels, x, token, TILE_TOKENS);
     switch (n - token) {
     case 1: NAME(multiply_tile)(out, w, row, panels, x, token, 1); break;
-#if TILE_TOKENS > 2
     case 2: NAME(multiply_tile)(out, w, row, panels, x, token, 2); break;
     case 3: NAME(multiply_tile)(out, w, row, panels, x, token, 3); break;
-#endif
 #if TILE_TOKENS > 4
     case 4: NAME(multiply_tile)(out, w, row, panels, x, token, 4); break;
     case 5: NAME(multiply_tile)(out, w, row, panels, x, token, 5); break;

@@ -130,8 +130,8 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
     if (random_below(2)) memset(x, 0, GROUP * sizeof(float)); // a group whose scale is 0
     if (random_below(2)) x[cols - 1] = 1e4f;                  // and one with an outlier
     QuantizedTensor w = {.rows = rows, .cols = cols, .q = q, .s = s};
-    for (int odd = 0; odd < 2; odd++)
-        w.panels[odd] = oracle_alloc(count_panels(&w, odd) + 1, sizeof(Panel));
+    for (int run = 0; run < 2; run++)
+        w.panels[run] = oracle_alloc(count_panels(&w, run) + 1, sizeof(Panel)); // never of 0 bytes
     pack_rows(&w, 0, rows);
     Activations a = {.width = cols,
                      .q = oracle_alloc(tokens * (size_t)cols, 1),
@@ -367,6 +367,20 @@ static void load_models(char **paths, int count) {
     printf("%ld\n", usage.ru_maxrss);
 }
 
+// memory MODEL: the peak of the memory after a token and the size of the file, both in kB
+static void measure_memory(const char *path) {
+    Transformer t;
+    int token = 0;
+    struct rusage usage;
+    if (build_transformer(&t, path) < 0) exit(1);
+    start_engine_threads();
+    forward(&t, &token, 1, 0);
+    end_engine_threads();
+    getrusage(RUSAGE_SELF, &usage);
+    printf("%ld %zu\n", usage.ru_maxrss, t.file_size / 1024);
+    free_transformer(&t);
+}
+
 // classes TOKENIZER VOCAB_SIZE: a letter for the class of each code point, as one line
 static void print_classes(const char *path, int vocab_size) {
     Tokenizer t;
@@ -381,11 +395,12 @@ int main(int argc, char **argv) {
     else if (strcmp(command, "encode") == 0 && argc == 4) encode_texts(argv[2], atoi(argv[3]));
     else if (strcmp(command, "classes") == 0 && argc == 4) print_classes(argv[2], atoi(argv[3]));
     else if (strcmp(command, "load") == 0) load_models(argv + 2, argc - 2);
+    else if (strcmp(command, "memory") == 0 && argc == 3) measure_memory(argv[2]);
     else if (strcmp(command, "tables") == 0) print_tables();
     else if (strcmp(command, "kernels") == 0) check_kernels();
     else if (strcmp(command, "rope") == 0 && argc == 3) hash_rope(atoi(argv[2]));
     else if (strcmp(command, "exp") == 0 && argc == 3) check_exp((uint32_t)atoi(argv[2]));
     else if (strcmp(command, "sampler") == 0) check_sampler();
-    else fail("Usage: probe golden|encode|classes|load|tables|kernels|rope|exp|sampler ...");
+    else fail("Usage: probe golden|encode|classes|load|memory|tables|kernels|rope|exp|sampler ...");
     return 0;
 }

@@ -6,8 +6,10 @@ import random
 import struct
 import unittest
 
-from probes import RefusalTestCase, kernel_tables, probe
+from models import model_file
+from probes import RefusalTestCase, kernel_tables, probe, probe_lines
 from support import INFERENCE, TINY
+from test_numbers import BIG_CASES
 
 HEADER = "<Ii7iBi"  # as in GOOD
 FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
@@ -222,6 +224,18 @@ class EngineTest(RefusalTestCase):
                                               env={"KERNELS": table})
                     self.assertEqual((session.status, session.text), (1, ""))
                     self.assertRegex(session.errors, r"^[^\n]*not finite[^\n]*\n$")
+
+
+class MemoryTest(unittest.TestCase):
+    def test_the_weights_are_not_there_twice(self):
+        """While they are put into panels, the file's pages are given back; with threads, too."""
+        path = model_file(BIG_CASES[0]["make_model"])
+        for engine, threads in (("inference", 1), ("parallel", 3)):
+            with self.subTest(engine):
+                line, = probe_lines("memory", path, engine=engine,
+                                    environment={"THREADS": str(threads)})
+                peak, size = map(int, line.split())
+                self.assertLess(peak, 1.5 * size)
 
 
 if __name__ == "__main__":

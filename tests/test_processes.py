@@ -6,6 +6,7 @@ import signal
 import struct
 import time
 import unittest
+from pathlib import Path
 
 from support import (AT_ONCE, INFERENCE, MAIN, PATIENCE, TINY, SessionTestCase, replies,
                      wait_until)
@@ -424,6 +425,23 @@ class StartTest(SessionTestCase):
         self.assertRegex(session.errors, r"\A[^\n]+\n\Z")
         for word in words:
             self.assertIn(word, session.errors)
+
+    def test_the_weights_are_prepared_while_the_user_types(self):
+        """The engine puts them into memory of its own before it has seen a prompt."""
+        folder = self.noise_model()
+        size = os.path.getsize(folder / "model.bin") / 1024
+
+        def own_memory(pid):
+            status = Path(f"/proc/{pid}/status").read_text()
+            return int(status.split("RssAnon:")[1].split()[0])  # kB
+
+        under_main = self.start(MAIN, "-d", folder, 42)
+        by_hand = self.start(INFERENCE, "-d", folder, 42)
+        for pid in (under_main.engine, by_hand.pid):
+            wait_until(lambda: own_memory(pid) > 0.9 * size, "the weights are prepared")
+        for session in (under_main, by_hand):
+            session.end_input()
+            self.assertEqual(session.finish(), 0)
 
     def test_a_missing_engine_is_told(self):
         """Its path, and how to build it."""
