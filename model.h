@@ -1,6 +1,6 @@
 // model.h - SmolLM: the file formats, the arithmetic, the text.
 //
-//   1  Format          what model.bin holds
+//   1  Format          what model.bin holds, and the panels that the kernels read
 //   2  Kernels         the innermost loops, one table of them for each instruction set
 //   3  Transformer     loading and memory
 //   4  Forward         from tokens to logits, shared out among workers
@@ -109,9 +109,10 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    QuantizedTensor embedding, classifier; // [vocab_size][dim], often the same one
-    const float *rms_final_weight;         // [dim]
-    Layer *layers;                         // [n_layers]
+    QuantizedTensor embedding, own_classifier; // [vocab_size][dim]
+    QuantizedTensor *classifier;               // one of the two
+    const float *rms_final_weight;             // [dim]
+    Layer *layers;                             // [n_layers]
 } Weights;
 
 // Activations on their way into a matrix: quantized per group of 64, just as the weights.
@@ -363,8 +364,8 @@ static size_t map_weights(Weights *w, const Config *c, bool shared_classifier, c
     for (Layer *l = w->layers; l < end; l++) l->w1 = pass_tensor(file, &at, c->hidden_dim, c->dim);
     for (Layer *l = w->layers; l < end; l++) l->w2 = pass_tensor(file, &at, c->dim, c->hidden_dim);
     for (Layer *l = w->layers; l < end; l++) l->w3 = pass_tensor(file, &at, c->hidden_dim, c->dim);
-    w->classifier = w->embedding;
-    if (!shared_classifier) w->classifier = pass_tensor(file, &at, c->vocab_size, c->dim);
+    w->classifier = shared_classifier ? &w->embedding : &w->own_classifier;
+    if (!shared_classifier) w->own_classifier = pass_tensor(file, &at, c->vocab_size, c->dim);
     return at;
 }
 
@@ -434,12 +435,20 @@ static void free_transformer(Transformer *t) {
     *t = (Transformer){0};
 }
 
-// The matrices in the order in which a pass reads them, or NULL behind the last one.
+#define LAYER_MATRICES 7
+
+// The matrices in the order in which a pass reads them (but for an embedding that is nothing else:
+// of that it reads a row), or NULL behind the last one.
 static QuantizedTensor *matrix_number(Transformer *t, int i) {
-    Layer *l = &t->weights.layers[i / 7];
-    if (i == 7 * t->config.n_layers) return &t->weights.classifier;
-    if (i > 7 * t->config.n_layers) return NULL;
-    return (QuantizedTensor *[]){&l->wq, &l->wk, &l->wv, &l->wo, &l->w1, &l->w3, &l->w2}[i % 7];
+    Weights *w = &t->weights;
+    int of_layers = LAYER_MATRICES * t->config.n_layers;
+    if (i < of_layers) {
+        Layer *l = &w->layers[i / LAYER_MATRICES];
+        QuantizedTensor *matrices[] = {&l->wq, &l->wk, &l->wv, &l->wo, &l->w1, &l->w3, &l->w2};
+        return matrices[i % LAYER_MATRICES];
+    }
+    if (i == of_layers) return w->classifier;
+    return i == of_layers + 1 && w->classifier != &w->embedding ? &w->embedding : NULL;
 }
 
 // Gets the memory for the panels, in huge pages: at the end of each page the processor's
@@ -688,17 +697,39 @@ static void multi_head_attn(const Pass *pass, int layer, int token, Range heads,
     }
 }
 
-// A worker's share of putting the weights into panels. The file's pages are given back as soon as
-// they are done with, so that the weights never take the memory twice.
+// Unmaps the pages of the file that hold these bytes; who reads them again gets them again.
+static void let_go(const void *bytes, size_t size) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), start = (uintptr_t)bytes / page * page;
+    madvise((void *)start, (uintptr_t)bytes + size - start, MADV_DONTNEED);
+}
+
+// A worker's share of putting the weights into panels: rows of the large matrices at the end, which
+// come first, and whole layers. It lets go of the file's pages matrix by matrix, so that hardly any
+// weights are in the process's memory twice.
 static void pack_share(Transformer *t, int worker, int workers) {
-    for (int i = 7 * t->config.n_layers; i >= 0; i--) {
+    int count = 0;
+    while (matrix_number(t, count)) count++;
+    for (int i = count - 1; i >= 0; i--) {
         QuantizedTensor *w = matrix_number(t, i);
-        Range rows = share(w->rows, PANEL_ROWS, worker, workers);
+        int layer = i / LAYER_MATRICES;
+        if (layer < t->config.n_layers && layer % workers != worker) continue;
+        Range rows = {0, w->rows};
+        if (layer == t->config.n_layers) rows = share(w->rows, PANEL_ROWS, worker, workers);
         pack_rows(w, rows.first, rows.last);
-        uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-        uintptr_t start = (uintptr_t)(w->q + (size_t)rows.first * (size_t)w->cols) / page * page;
-        uintptr_t end = (uintptr_t)(w->q + (size_t)rows.last * (size_t)w->cols);
-        madvise((void *)start, end - start, MADV_DONTNEED);
+        size_t first = (size_t)rows.first * (size_t)w->cols;
+        size_t size = (size_t)rows.last * (size_t)w->cols - first;
+        let_go(w->q + first, size);
+        let_go(w->s + first / GROUP, size / GROUP * sizeof(float));
+    }
+}
+
+// A row of the embedding as floats.
+static void embed(float *x, const QuantizedTensor *w, int row) {
+    const Panel *panel = panel_at(w, row);
+    int lane = row % PANEL_ROWS;
+    for (int i = 0; i < w->cols; i++) {
+        const Panel *group = &panel[i / GROUP];
+        x[i] = (float)group->q[i % GROUP / 4][lane][i % 4] * group->s[lane];
     }
 }
 
@@ -721,10 +752,7 @@ static void compute_share(const Pass *pass, int worker, int workers) {
         return;
     }
     for (int token = worker; token < n; token += workers) {
-        size_t row = (size_t)pass->tokens[token] * dim;
-        for (size_t i = 0; i < dim; i++)
-            s->x[(size_t)token * dim + i] =
-                (float)w->embedding.q[row + i] * w->embedding.s[(row + i) / GROUP];
+        embed(s->x + (size_t)token * dim, &w->embedding, pass->tokens[token]);
         rope_table(s->rope + (size_t)token * head_size, s->frequency, c->head_size,
                    pass->pos + token);
     }
@@ -774,16 +802,17 @@ static void compute_share(const Pass *pass, int worker, int workers) {
     if (pass->wanted == 0) return;
     const float *x = s->x + (size_t)(n - pass->wanted) * dim;
     Activations in = activate(pass, x, w->rms_final_weight, c->dim, pass->wanted, worker, workers);
-    mat_mul(pass, pass->logits, &w->classifier, share(c->vocab_size, PANEL_ROWS, worker, workers),
+    mat_mul(pass, pass->logits, w->classifier, share(c->vocab_size, PANEL_ROWS, worker, workers),
             &in, pass->wanted);
 }
 
-// Puts the weights into panels, if that has not been done. It takes as long as some ten tokens, so
-// an engine does it while the user types; else the first pass does.
+// Puts the weights into panels, if that has not been done. It takes as long as some ten tokens, or
+// several times that if the kernel has to look for memory, so an engine does it while the user
+// types; else the first pass does.
 static void pack_weights(Transformer *t) {
     if (t->packed) return;
     run_pass(&(Pass){.transformer = t});
-    madvise(t->file, t->file_size, MADV_DONTNEED); // what remains, above all the scales
+    let_go(t->file, t->file_size); // what the kernel has mapped around the edges
     t->packed = true;
 }
 
@@ -1518,9 +1547,9 @@ typedef VECTOR(uint64_t, 4 * LANES) NAME(longs);
 #define STORE(type, address, value) (*(type *)(address) = (value))
 
 // 4 bytes, in all lanes
-INLINE ints NAME(spread)(const void *bytes) {
+INLINE ints NAME(spread)(const void *four) {
     int32_t word;
-    memcpy(&word, bytes, sizeof(word));
+    memcpy(&word, four, sizeof(word));
     return (ints){0} + word;
 }
 
@@ -1765,7 +1794,7 @@ INLINE void NAME(mix_heads)(float *out, const float *weight, size_t stride, cons
 
 INLINE void NAME(mix_all)(float *out, const float *weight, size_t stride, const int heads,
                           int head_size, const float *values, int times) {
-    enum { VECTORS = LANES == 16 ? 4 : 2 }; // the 16 registers of the others hold less sums
+    enum { VECTORS = LANES == 16 ? 4 : 2 }; // the 16 registers of the others hold fewer sums
     int i = 0;
     for (; i + VECTORS * LANES <= head_size; i += VECTORS * LANES)
         NAME(mix_heads)(out + i, weight, stride, heads, head_size, values + i, times, VECTORS);

@@ -31,6 +31,7 @@ typedef struct {
     int streams;
     size_t ahead; // bytes of prefetch; 0 for none
     uint64_t result;
+    pthread_barrier_t *start;
 } Reading;
 
 // Reads a block as several streams side by side, which is how the hardware is at its best.
@@ -49,19 +50,28 @@ static void *read_block(void *argument) {
     return NULL;
 }
 
+static void *read_with_others(void *argument) {
+    pthread_barrier_wait(((Reading *)argument)->start);
+    return read_block(argument);
+}
+
 static double time_reading(const char *memory, size_t size, int threads, int streams,
                            size_t ahead) {
     pthread_t others[MAX_THREADS];
     Reading reading[MAX_THREADS];
+    pthread_barrier_t start;
     size_t part = size / (size_t)threads / LINE * LINE;
-    double start = seconds();
+    pthread_barrier_init(&start, NULL, (unsigned)threads);
     for (int i = 0; i < threads; i++) {
-        reading[i] = (Reading){memory + (size_t)i * part, part, streams, ahead, 0};
-        if (i > 0) pthread_create(&others[i], NULL, read_block, &reading[i]);
+        reading[i] = (Reading){memory + (size_t)i * part, part, streams, ahead, 0, &start};
+        if (i > 0) pthread_create(&others[i], NULL, read_with_others, &reading[i]);
     }
+    pthread_barrier_wait(&start);
+    double before = seconds();
     read_block(&reading[0]);
     for (int i = 1; i < threads; i++) pthread_join(others[i], NULL);
-    double time = seconds() - start;
+    double time = seconds() - before;
+    pthread_barrier_destroy(&start);
     volatile uint64_t keep = reading[0].result;
     (void)keep;
     return time;

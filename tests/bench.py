@@ -36,7 +36,7 @@ def build(name, *flags):
 def model_folder():
     """A folder with a model and a tokenizer of its size: single bytes and made-up longer tokens."""
     folder = Path(BUILD) / "bench-model"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "model.bin").exists():
         (folder / "model.bin").symlink_to(model_file("--seed 1"))
     texts = [b"<|endoftext|>", b"<|im_start|>", b"<|im_end|>", *(bytes([i]) for i in range(256))]

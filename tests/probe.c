@@ -367,14 +367,14 @@ static void load_models(char **paths, int count) {
     printf("%ld\n", usage.ru_maxrss);
 }
 
-// memory MODEL: the peak of the memory after a token and the size of the file, both in kB
+// memory MODEL: the peak of the memory, once tokens from all over the vocabulary have been decoded,
+// and the size of the file, both in kB
 static void measure_memory(const char *path) {
     Transformer t;
-    int token = 0;
     struct rusage usage;
     if (build_transformer(&t, path) < 0) exit(1);
     start_engine_threads();
-    forward(&t, &token, 1, 0);
+    for (int i = 0; i < 32; i++) forward(&t, &(int){i * (t.config.vocab_size / 32)}, 1, i);
     end_engine_threads();
     getrusage(RUSAGE_SELF, &usage);
     printf("%ld %zu\n", usage.ru_maxrss, t.file_size / 1024);
