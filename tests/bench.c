@@ -31,7 +31,7 @@ typedef struct {
     int streams;
     size_t ahead; // bytes of prefetch; 0 for none
     uint64_t result;
-    pthread_barrier_t *start;
+    pthread_barrier_t *all_here;
 } Reading;
 
 // Reads a block as several streams side by side, which is how the hardware is at its best.
@@ -51,7 +51,7 @@ static void *read_block(void *argument) {
 }
 
 static void *read_with_others(void *argument) {
-    pthread_barrier_wait(((Reading *)argument)->start);
+    pthread_barrier_wait(((Reading *)argument)->all_here);
     return read_block(argument);
 }
 
@@ -59,19 +59,19 @@ static double time_reading(const char *memory, size_t size, int threads, int str
                            size_t ahead) {
     pthread_t others[MAX_THREADS];
     Reading reading[MAX_THREADS];
-    pthread_barrier_t start;
+    pthread_barrier_t all_here;
     size_t part = size / (size_t)threads / LINE * LINE;
-    pthread_barrier_init(&start, NULL, (unsigned)threads);
+    pthread_barrier_init(&all_here, NULL, (unsigned)threads);
     for (int i = 0; i < threads; i++) {
-        reading[i] = (Reading){memory + (size_t)i * part, part, streams, ahead, 0, &start};
+        reading[i] = (Reading){memory + (size_t)i * part, part, streams, ahead, 0, &all_here};
         if (i > 0) pthread_create(&others[i], NULL, read_with_others, &reading[i]);
     }
-    pthread_barrier_wait(&start);
+    pthread_barrier_wait(&all_here);
     double before = seconds();
     read_block(&reading[0]);
     for (int i = 1; i < threads; i++) pthread_join(others[i], NULL);
     double time = seconds() - before;
-    pthread_barrier_destroy(&start);
+    pthread_barrier_destroy(&all_here);
     volatile uint64_t keep = reading[0].result;
     (void)keep;
     return time;
