@@ -543,7 +543,7 @@ failed:
 typedef struct {
     Transformer *transformer;
     const int *tokens;
-    int n;         // tokens of this pass, 1..MAX_BATCH
+    int n;         // tokens of this pass, 1..MAX_BATCH; 0 only puts the weights into panels
     int pos;       // position of the first
     int wanted;    // logits are computed for so many of the last tokens, 0..n ...
     float *logits; // ... into [wanted][vocab_size]
@@ -1713,6 +1713,7 @@ KERNEL void NAME(quantize)(Activations *out, int token, const float *x) {
         for (int lane = 0; lane < 4; lane++) bits = four[lane] > bits ? four[lane] : bits;
         memcpy(&scale[group], &bits, sizeof(bits));
     }
+    // Group by group, each would wait for the divisions of the one before.
     for (int group = 0; group < groups; group++) scale[group] = scale[group] / 127;
     for (int group = 0; group < groups; group++) {
         int8_t *to = out->q + (start + (size_t)group) * GROUP;
@@ -1731,7 +1732,7 @@ KERNEL void NAME(quantize)(Activations *out, int token, const float *x) {
         for (int i = 0; i < LANES / 4; i++) four += LOAD(quads, (const quads *)&sum + i);
         out->sum[start + (size_t)group] = 128 * (four[0] + four[1] + four[2] + four[3]);
     }
-#if !defined(ISA_AVX512)
+#if !defined(ISA_AVX512) // which has no use for them
     for (int i = 0; i < out->width; i += 4 * LANES) {
         size_t at = start * GROUP + (size_t)i;
         shorts pairs = LOAD(shorts, out->q + at);
