@@ -171,7 +171,7 @@ typedef struct {
     void (*swiglu)(float *gate, const float *up, int n);
 
     // x[i] = e to the power of x[i] - shift, by the definition of section 8, not by libm's expf.
-    // The two above are made of it; it is here for the tests.
+    // The two above take the same exponential; it is here for the tests.
     void (*exp_minus)(float *x, int n, float shift);
 } Kernels;
 
@@ -540,16 +540,18 @@ failed:
 // one before. The engine provides the two functions below; an engine of one worker has nothing to
 // do for them.
 
-typedef struct {
+typedef struct Pass Pass;
+struct Pass {
+    void (*work)(const Pass *pass, int worker, int workers); // compute_share(), or pack_share()
     Transformer *transformer;
     const int *tokens;
-    int n;         // tokens of this pass, 1..MAX_BATCH; 0 only puts the weights into panels
+    int n;         // tokens of this pass, 1..MAX_BATCH
     int pos;       // position of the first
     int wanted;    // logits are computed for so many of the last tokens, 0..n ...
     float *logits; // ... into [wanted][vocab_size]
-} Pass;
+};
 
-// Calls compute_share(pass, worker, workers) on each worker and returns when all have returned.
+// Calls pass->work(pass, worker, workers) on each worker and returns when all have returned.
 static void run_pass(const Pass *pass);
 // Returns when all workers of the pass have called it.
 static void meet(int workers);
@@ -593,24 +595,15 @@ static void rope(float *x, Range rows, const float *table, int head_size) {
 // by side.
 #define NORM_ROWS 4
 
-static inline __attribute__((always_inline)) void sum_squares(float *sum, const float *x, int size,
-                                                              const int rows) {
-    for (int r = 0; r < rows; r++) sum[r] = 0;
-    for (int i = 0; i < size; i++)
-        for (int r = 0; r < rows; r++) {
-            float value = x[(size_t)r * (size_t)size + (size_t)i];
-            sum[r] = sum[r] + value * value;
-        }
-}
-
 static void rmsnorm(float *out, const float *x, const float *weight, int size, int rows) {
-    float sum[NORM_ROWS];
-    if (rows == NORM_ROWS) sum_squares(sum, x, size, NORM_ROWS);
-    else
-        for (int r = 0; r < rows; r++) sum_squares(&sum[r], x + (size_t)r * (size_t)size, size, 1);
-    for (int r = 0; r < rows; r++, out += size, x += size) {
+    const float *row[NORM_ROWS];
+    for (int r = 0; r < NORM_ROWS; r++) row[r] = x + (size_t)(r < rows ? r : 0) * (size_t)size;
+    float sum[NORM_ROWS] = {0};
+    for (int i = 0; i < size; i++)
+        for (int r = 0; r < NORM_ROWS; r++) sum[r] = sum[r] + row[r][i] * row[r][i];
+    for (int r = 0; r < rows; r++, out += size) {
         float s = 1 / sqrtf(sum[r] / (float)size + 1e-5f);
-        for (int i = 0; i < size; i++) out[i] = weight[i] * (s * x[i]);
+        for (int i = 0; i < size; i++) out[i] = weight[i] * (s * row[r][i]);
     }
 }
 
@@ -706,7 +699,8 @@ static void let_go(const void *bytes, size_t size) {
 // A worker's share of putting the weights into panels: rows of the large matrices at the end, which
 // come first, and whole layers. It lets go of the file's pages matrix by matrix, so that hardly any
 // weights are in the process's memory twice.
-static void pack_share(Transformer *t, int worker, int workers) {
+static void pack_share(const Pass *pass, int worker, int workers) {
+    Transformer *t = pass->transformer;
     int count = 0;
     while (matrix_number(t, count)) count++;
     for (int i = count - 1; i >= 0; i--) {
@@ -747,10 +741,6 @@ static void compute_share(const Pass *pass, int worker, int workers) {
     Range kv_rows = share(c->kv_dim, PANEL_ROWS, worker, workers);
     Range hidden_rows = share(c->hidden_dim, PANEL_ROWS, worker, workers);
 
-    if (n == 0) {
-        pack_share(t, worker, workers);
-        return;
-    }
     for (int token = worker; token < n; token += workers) {
         embed(s->x + (size_t)token * dim, &w->embedding, pass->tokens[token]);
         rope_table(s->rope + (size_t)token * head_size, s->frequency, c->head_size,
@@ -811,7 +801,7 @@ static void compute_share(const Pass *pass, int worker, int workers) {
 // types; else the first pass does.
 static void pack_weights(Transformer *t) {
     if (t->packed) return;
-    run_pass(&(Pass){.transformer = t});
+    run_pass(&(Pass){.work = pack_share, .transformer = t});
     let_go(t->file, t->file_size); // what the kernel has mapped around the edges
     t->packed = true;
 }
@@ -823,7 +813,8 @@ static float *forward_logits(Transformer *t, const int *tokens, int n, int pos, 
     pack_weights(t);
     int first_wanted = n - wanted;
     for (int done = 0; done < n; done += MAX_BATCH) {
-        Pass pass = {.transformer = t, .tokens = tokens + done, .pos = pos + done};
+        Pass pass = {
+            .work = compute_share, .transformer = t, .tokens = tokens + done, .pos = pos + done};
         pass.n = n - done < MAX_BATCH ? n - done : MAX_BATCH;
         int skipped = first_wanted > done ? first_wanted - done : 0; // tokens without logits
         pass.wanted = pass.n > skipped ? pass.n - skipped : 0;

@@ -86,7 +86,7 @@ static void *thr_func(void *argument) {
         const Pass *pass = pool.pass;
         int worker = --pool.free_places, workers = pool.places;
         pthread_mutex_unlock(&pool.lock);
-        compute_share(pass, worker, workers);
+        pass->work(pass, worker, workers);
         meet(workers);
         pthread_mutex_lock(&pool.lock);
         if (worker == 0) {
