@@ -130,8 +130,30 @@ typedef struct {
 // Each table is the same functions compiled for another instruction set; all give the same bits.
 // Which one to use is found out at run time, so that one plain build serves all machines.
 
-#define MAX_HEADS 4  // heads that a kernel takes at a time; they share their keys and values
-#define KEY_BLOCK 32 // time steps that lie side by side in the key cache
+// Keys and values lie in blocks of TIME_BLOCK time steps, [time / TIME_BLOCK][kv_head] and in such
+// a block keys as [head_size][TIME_BLOCK] and values as [TIME_BLOCK][head_size]: both are read in
+// the order of their addresses, each once for all heads that share them.
+#define TIME_BLOCK 32
+
+// Heads of the attention that are computed in one go.
+typedef struct {
+    int first, last; // first <= head < last
+    int sharing;     // so many heads share a kv_head: n_heads / n_kv_heads
+    int n_kv_heads, head_size;
+} Heads;
+
+// So many heads from `head` on share a kv_head: 1..most.
+static int heads_together(const Heads *heads, int head, int most) {
+    int end = head - head % heads->sharing + heads->sharing;
+    if (end > heads->last) end = heads->last;
+    return end - head < most ? end - head : most;
+}
+
+// Where the block of a head and a time step begins in keys or values.
+static size_t block_of(const Heads *heads, int head, int t) {
+    int number = t / TIME_BLOCK * heads->n_kv_heads + head / heads->sharing;
+    return (size_t)number * (size_t)(heads->head_size * TIME_BLOCK);
+}
 
 typedef struct {
     const char *name;
@@ -151,20 +173,19 @@ typedef struct {
     void (*mat_mat_mul)(float *out, const QuantizedTensor *w, int first, int last,
                         const Activations *x, int n);
 
-    // out[head * stride + t] = q[head] . key[t] / sqrtf(head_size), sums in index order, for
-    // 1..MAX_HEADS heads, q[heads][head_size], t < times. The keys lie in blocks,
-    // [time / KEY_BLOCK][head_size][KEY_BLOCK]. Entries up to a multiple of KEY_BLOCK are
-    // overwritten.
-    void (*score)(float *out, size_t stride, const float *q, int heads, int head_size,
-                  const float *keys, int times);
+    // out[head * stride + t] = q[head] . key[t] / sqrtf(head_size), sums in index order, for some
+    // heads, q[head][head_size], and t < times, of which the keys lie in blocks. Entries up to a
+    // multiple of TIME_BLOCK are overwritten.
+    void (*score)(float *out, size_t stride, const float *q, const Heads *heads, const float *keys,
+                  int times);
 
-    // out[head][i] = sum over t in order of weight[head * stride + t] * values[t][i], i <
-    // head_size.
-    void (*mix)(float *out, const float *weight, size_t stride, int heads, int head_size,
+    // out[head][i] = out[head][i] + weight[head * stride + t] * value[t][i] for each t < times in
+    // order, i < head_size.
+    void (*mix)(float *out, const float *weight, size_t stride, const Heads *heads,
                 const float *values, int times);
 
-    // Softmax of 1..MAX_HEADS rows of n >= 1 numbers, `stride` apart, in place: x - maximum, exp,
-    // the sum in index order, each divided by the sum.
+    // Softmax of rows of n >= 1 numbers, `stride` apart, in place: x - maximum, exp, the sum in
+    // index order, each divided by the sum.
     void (*softmax)(float *x, size_t stride, int rows, int n);
 
     // gate[i] = silu(gate[i]) * up[i], silu(h) = h * (1 / (1 + exp(-h)))
@@ -243,11 +264,11 @@ typedef struct {
     float *logits;                // [MAX_BATCH][vocab_size]
     Activations shared;           // of all tokens of a pass
     Activations own[MAX_WORKERS]; // of the only token of a pass
-    float *att[MAX_WORKERS];      // [MAX_HEADS][times]
-    size_t times;                 // seq_len, rounded up to a multiple of KEY_BLOCK
+    float *att[MAX_WORKERS];      // [n_heads][times]
     float *frequency;             // [head_size / 2], radians per position
-    float *key_cache;             // [layer][kv_head][times / KEY_BLOCK][head_size][KEY_BLOCK]
-    float *value_cache;           // [layer][kv_head][times][head_size]
+    float *cache;                 // keys and values, see chunk_of()
+    size_t cache_size;            // bytes
+    size_t times;                 // time steps that the caches have room for
     void *memory;                 // holds all of them
     size_t size;                  // bytes
 } State;
@@ -389,11 +410,38 @@ static Activations take_activations(State *s, size_t tokens, int width) {
     return a;
 }
 
+// The keys and values of some time steps, in blocks.
+typedef struct {
+    int start, times;     // the time steps start.., a multiple of TIME_BLOCK
+    float *keys, *values; // [times / TIME_BLOCK][kv_head][head_size][TIME_BLOCK] and
+                          // [times / TIME_BLOCK][kv_head][TIME_BLOCK][head_size]
+} Chunk;
+
+#define FIRST_CHUNK 128 // time steps
+
+// The chunk of a layer that holds a time step. A chunk is as long as all before it, and holds all
+// layers: so a short chat needs little memory, which lies close together, and a long one reads it
+// in long runs.
+static Chunk chunk_of(const State *s, const Config *c, int layer, int time) {
+    Chunk chunk = {.start = 0, .times = FIRST_CHUNK};
+    while (time >= chunk.start + chunk.times) {
+        chunk.start += chunk.times;
+        chunk.times = chunk.start;
+    }
+    size_t kv_dim = (size_t)c->kv_dim, of_layer = (size_t)chunk.times * kv_dim;
+    float *layers = s->cache + (size_t)chunk.start * 2 * kv_dim * (size_t)c->n_layers;
+    chunk.keys = layers + (size_t)layer * 2 * of_layer;
+    chunk.values = chunk.keys + of_layer;
+    return chunk;
+}
+
 static void lay_out_state(State *s, const Config *c) {
     size_t dim = (size_t)c->dim, hidden_dim = (size_t)c->hidden_dim, kv_dim = (size_t)c->kv_dim;
     int widest = c->dim > c->hidden_dim ? c->dim : c->hidden_dim;
     s->size = 0;
-    s->times = ((size_t)c->seq_len + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK;
+    for (s->times = FIRST_CHUNK; s->times < (size_t)c->seq_len;) s->times *= 2;
+    s->cache = take_floats(s, s->times * 2 * kv_dim * (size_t)c->n_layers);
+    s->cache_size = s->size;
     s->x = take_floats(s, MAX_BATCH * dim);
     s->xb = take_floats(s, MAX_BATCH * dim);
     s->xb2 = take_floats(s, MAX_BATCH * dim);
@@ -407,10 +455,8 @@ static void lay_out_state(State *s, const Config *c) {
     s->shared = take_activations(s, MAX_BATCH, widest);
     for (int worker = 0; worker < MAX_WORKERS; worker++) {
         s->own[worker] = take_activations(s, 1, widest);
-        s->att[worker] = take_floats(s, MAX_HEADS * s->times);
+        s->att[worker] = take_floats(s, (size_t)c->n_heads * s->times);
     }
-    s->key_cache = take_floats(s, (size_t)c->n_layers * kv_dim * s->times);
-    s->value_cache = take_floats(s, (size_t)c->n_layers * kv_dim * s->times);
     s->logits = take_floats(s, MAX_BATCH * (size_t)c->vocab_size);
 }
 
@@ -422,6 +468,7 @@ static int build_state(State *s, const Config *c, const char *path) {
         return refuse_file(path, "there is no memory for the %zu bytes that it takes", s->size);
     s->memory = memory;
     lay_out_state(s, c);
+    madvise(s->cache, s->cache_size, MADV_HUGEPAGE); // as for the panels below
     for (int i = 0; i < c->head_size / 2; i++)
         s->frequency[i] = 1 / (float)pow(10000.0, (double)(2 * i / (float)c->head_size));
     return 0;
@@ -655,38 +702,42 @@ static void store_keys_and_values(const Pass *pass, int layer, Range rows) {
     State *s = &pass->transformer->state;
     size_t head_size = (size_t)c->head_size;
     for (int token = 0; token < pass->n; token++) {
-        size_t time = (size_t)(pass->pos + token);
+        Chunk chunk = chunk_of(s, c, layer, pass->pos + token);
+        size_t step = (size_t)(pass->pos + token - chunk.start), lane = step % TIME_BLOCK;
+        size_t block = step / TIME_BLOCK * (size_t)c->kv_dim * TIME_BLOCK;
         const float *k = s->k + (size_t)token * (size_t)c->kv_dim;
         const float *v = s->v + (size_t)token * (size_t)c->kv_dim;
         for (int r = rows.first; r < rows.last; r++) {
-            size_t head = (size_t)(layer * c->n_kv_heads + r / c->head_size);
-            size_t i = (size_t)(r % c->head_size), block = time / KEY_BLOCK,
-                   lane = time % KEY_BLOCK;
-            s->key_cache[head * s->times * head_size + (block * head_size + i) * KEY_BLOCK + lane] =
-                k[r];
-            s->value_cache[(head * s->times + time) * head_size + i] = v[r];
+            size_t i = (size_t)r % head_size, of_head = ((size_t)r - i) * TIME_BLOCK;
+            chunk.keys[block + of_head + i * TIME_BLOCK + lane] = k[r];
+            chunk.values[block + of_head + lane * head_size + i] = v[r];
         }
     }
 }
 
 // Attention of a range of heads for one token: scores against all keys so far, softmax, the
-// weighted sum of the values. Heads that share keys and values (n_heads / n_kv_heads of them) go
-// together.
-static void multi_head_attn(const Pass *pass, int layer, int token, Range heads, float *att) {
+// weighted sum of the values.
+static void multi_head_attn(const Pass *pass, int layer, int token, Range range, float *att) {
     const Config *c = &pass->transformer->config;
     const State *s = &pass->transformer->state;
     const Kernels *kernels = pass->transformer->kernels;
-    int times = pass->pos + token + 1, sharing = c->n_heads / c->n_kv_heads, count;
-    for (int head = heads.first; head < heads.last; head += count) {
-        int kv_head = head / sharing;
-        count = (kv_head + 1) * sharing - head;
-        if (count > heads.last - head) count = heads.last - head;
-        if (count > MAX_HEADS) count = MAX_HEADS;
-        size_t cache = (size_t)(layer * c->n_kv_heads + kv_head) * s->times * (size_t)c->head_size;
-        size_t at = (size_t)token * (size_t)c->dim + (size_t)(head * c->head_size);
-        kernels->score(att, s->times, s->q + at, count, c->head_size, s->key_cache + cache, times);
-        kernels->softmax(att, s->times, count, times);
-        kernels->mix(s->xb + at, att, s->times, count, c->head_size, s->value_cache + cache, times);
+    Heads heads = {range.first, range.last, c->n_heads / c->n_kv_heads, c->n_kv_heads,
+                   c->head_size};
+    const float *q = s->q + (size_t)token * (size_t)c->dim;
+    float *out = s->xb + (size_t)token * (size_t)c->dim;
+    int times = pass->pos + token + 1, count = range.last - range.first;
+    Chunk chunk;
+    for (int t = 0; t < times; t += chunk.times) {
+        chunk = chunk_of(s, c, layer, t);
+        if (chunk.times > times - t) chunk.times = times - t;
+        kernels->score(att + t, s->times, q, &heads, chunk.keys, chunk.times);
+    }
+    kernels->softmax(att + (size_t)range.first * s->times, s->times, count, times);
+    memset(out + range.first * c->head_size, 0, (size_t)(count * c->head_size) * sizeof(float));
+    for (int t = 0; t < times; t += chunk.times) {
+        chunk = chunk_of(s, c, layer, t);
+        if (chunk.times > times - t) chunk.times = times - t;
+        kernels->mix(out, att + t, s->times, &heads, chunk.values, chunk.times);
     }
 }
 
@@ -1629,8 +1680,10 @@ INLINE float NAME(maximum)(const float *x, int n) {
 
 // A sum in index order makes each addition wait for the one before. So the rows are summed side by
 // side, and while the processor waits it takes the next exponentials.
+#define SOFTMAX_ROWS 3
+
 INLINE void NAME(softmax_rows)(float *x, size_t stride, const int rows, int n) {
-    float most[MAX_HEADS], sum[MAX_HEADS] = {0};
+    float most[SOFTMAX_ROWS], sum[SOFTMAX_ROWS] = {0};
     for (int r = 0; r < rows; r++) most[r] = NAME(maximum)(x + (size_t)r * stride, n);
     int i = 0;
     for (; i + LANES / 2 <= n; i += LANES / 2) {
@@ -1654,12 +1707,9 @@ INLINE void NAME(softmax_rows)(float *x, size_t stride, const int rows, int n) {
 }
 
 KERNEL void NAME(softmax)(float *x, size_t stride, int rows, int n) {
-    switch (rows) {
-    case 1: NAME(softmax_rows)(x, stride, 1, n); break;
-    case 2: NAME(softmax_rows)(x, stride, 2, n); break;
-    case 3: NAME(softmax_rows)(x, stride, 3, n); break;
-    case 4: NAME(softmax_rows)(x, stride, 4, n); break;
-    }
+    for (; rows >= SOFTMAX_ROWS; rows -= SOFTMAX_ROWS, x += SOFTMAX_ROWS * stride)
+        NAME(softmax_rows)(x, stride, SOFTMAX_ROWS, n);
+    for (; rows > 0; rows--, x += stride) NAME(softmax_rows)(x, stride, 1, n);
 }
 
 INLINE half NAME(silu_times)(half h, half up) {
@@ -1733,46 +1783,53 @@ KERNEL void NAME(quantize)(Activations *out, int token, const float *x) {
 #endif
 }
 
-// Scores for a number of heads that is known at compile time, so that the sums stay in registers.
-// Each key is loaded once for all heads, in the order of the addresses: a block of time steps after
-// the other.
-INLINE void NAME(score_heads)(float *out, size_t stride, const float *q, const int heads,
-                              int head_size, const float *keys, int times) {
-    enum { VECTORS = LANES == 4 ? 4 : 2 }; // so many vectors of time steps at once
-    for (int t = 0; t < times; t += VECTORS * LANES) {
-        const float *key = keys + t / KEY_BLOCK * KEY_BLOCK * head_size + t % KEY_BLOCK;
-        floats sum[MAX_HEADS][VECTORS];
-        for (int head = 0; head < heads; head++)
-            for (int v = 0; v < VECTORS; v++) sum[head][v] = (floats){0};
-        for (int i = 0; i < head_size; i++, key += KEY_BLOCK)
-            for (int v = 0; v < VECTORS; v++) {
-                floats k = LOAD(floats, key + v * LANES);
-                for (int head = 0; head < heads; head++)
-                    sum[head][v] = sum[head][v] + q[head * head_size + i] * k;
-            }
-        for (int head = 0; head < heads; head++)
-            for (int v = 0; v < VECTORS; v++)
-                STORE(floats, out + (size_t)head * stride + t + v * LANES,
-                      sum[head][v] / sqrtf((float)head_size));
-    }
-}
+#define MAX_TOGETHER                                                                               \
+    4 // heads for which a key or a value is loaded once; their sums stay in registers
 
-KERNEL void NAME(score)(float *out, size_t stride, const float *q, int heads, int head_size,
-                        const float *keys, int times) {
-    switch (heads) {
-    case 1: NAME(score_heads)(out, stride, q, 1, head_size, keys, times); break;
-    case 2: NAME(score_heads)(out, stride, q, 2, head_size, keys, times); break;
-    case 3: NAME(score_heads)(out, stride, q, 3, head_size, keys, times); break;
-    case 4: NAME(score_heads)(out, stride, q, 4, head_size, keys, times); break;
-    }
-}
-
-// The same idea for the values: `vectors` vectors of dimensions, and all time steps in order.
-INLINE void NAME(mix_heads)(float *out, const float *weight, size_t stride, const int heads,
-                            int head_size, const float *values, int times, const int vectors) {
-    floats sum[MAX_HEADS][4];
+// Scores of a block of time steps.
+INLINE void NAME(score_block)(float *out, size_t stride, const float *q, const int heads,
+                              int head_size, const float *keys) {
+    enum { VECTORS = TIME_BLOCK / LANES };
+    const float root = sqrtf((float)head_size);
+    floats sum[MAX_TOGETHER][VECTORS];
     for (int head = 0; head < heads; head++)
-        for (int v = 0; v < vectors; v++) sum[head][v] = (floats){0};
+        for (int v = 0; v < VECTORS; v++) sum[head][v] = (floats){0};
+    for (int i = 0; i < head_size; i++, keys += TIME_BLOCK)
+        for (int v = 0; v < VECTORS; v++) {
+            floats k = LOAD(floats, keys + v * LANES);
+            for (int head = 0; head < heads; head++)
+                sum[head][v] = sum[head][v] + q[head * head_size + i] * k;
+        }
+    for (int head = 0; head < heads; head++)
+        for (int v = 0; v < VECTORS; v++)
+            STORE(floats, out + (size_t)head * stride + v * LANES, sum[head][v] / root);
+}
+
+KERNEL void NAME(score)(float *out, size_t stride, const float *q, const Heads *heads,
+                        const float *keys, int times) {
+    enum { TOGETHER = LANES / 4 };
+    int head_size = heads->head_size;
+    for (int t = 0; t < times; t += TIME_BLOCK)
+        for (int head = heads->first, count; head < heads->last; head += count) {
+            float *to = out + (size_t)head * stride + t;
+            const float *of_head = q + head * head_size, *block = keys + block_of(heads, head, t);
+            count = heads_together(heads, head, TOGETHER);
+            switch (count) {
+            case 1: NAME(score_block)(to, stride, of_head, 1, head_size, block); break;
+            case 2: NAME(score_block)(to, stride, of_head, 2, head_size, block); break;
+            case 3: NAME(score_block)(to, stride, of_head, 3, head_size, block); break;
+            case 4: NAME(score_block)(to, stride, of_head, 4, head_size, block); break;
+            }
+        }
+}
+
+// Some vectors of dimensions of a block's values.
+INLINE void NAME(mix_vectors)(float *out, const float *weight, size_t stride, const int heads,
+                              int head_size, const float *values, int times, const int vectors) {
+    floats sum[MAX_TOGETHER][8];
+    for (int head = 0; head < heads; head++)
+        for (int v = 0; v < vectors; v++)
+            sum[head][v] = LOAD(floats, out + head * head_size + v * LANES);
     for (int t = 0; t < times; t++, values += head_size)
         for (int v = 0; v < vectors; v++) {
             floats value = LOAD(floats, values + v * LANES);
@@ -1784,32 +1841,41 @@ INLINE void NAME(mix_heads)(float *out, const float *weight, size_t stride, cons
             STORE(floats, out + head * head_size + v * LANES, sum[head][v]);
 }
 
-INLINE void NAME(mix_all)(float *out, const float *weight, size_t stride, const int heads,
-                          int head_size, const float *values, int times) {
-    enum { VECTORS = LANES == 16 ? 4 : 2 }; // the 16 registers of the others hold fewer sums
+// A block's values: 64 dimensions at a time, or half of them in the smallest registers.
+INLINE void NAME(mix_block)(float *out, const float *weight, size_t stride, const int heads,
+                            int head_size, const float *values, int times) {
+    enum { VECTORS = LANES == 16 ? 4 : 8 };
     int i = 0;
     for (; i + VECTORS * LANES <= head_size; i += VECTORS * LANES)
-        NAME(mix_heads)(out + i, weight, stride, heads, head_size, values + i, times, VECTORS);
+        NAME(mix_vectors)(out + i, weight, stride, heads, head_size, values + i, times, VECTORS);
     for (; i + LANES <= head_size; i += LANES)
-        NAME(mix_heads)(out + i, weight, stride, heads, head_size, values + i, times, 1);
+        NAME(mix_vectors)(out + i, weight, stride, heads, head_size, values + i, times, 1);
     for (; i < head_size; i++)
         for (int head = 0; head < heads; head++) {
-            float sum = 0;
+            float *sum = &out[head * head_size + i];
             for (int t = 0; t < times; t++)
-                sum = sum + weight[(size_t)head * stride + (size_t)t] *
-                                values[(size_t)t * (size_t)head_size + (size_t)i];
-            out[head * head_size + i] = sum;
+                *sum = *sum + weight[(size_t)head * stride + (size_t)t] * values[t * head_size + i];
         }
 }
 
-KERNEL void NAME(mix)(float *out, const float *weight, size_t stride, int heads, int head_size,
+KERNEL void NAME(mix)(float *out, const float *weight, size_t stride, const Heads *heads,
                       const float *values, int times) {
-    switch (heads) {
-    case 1: NAME(mix_all)(out, weight, stride, 1, head_size, values, times); break;
-    case 2: NAME(mix_all)(out, weight, stride, 2, head_size, values, times); break;
-    case 3: NAME(mix_all)(out, weight, stride, 3, head_size, values, times); break;
-    case 4: NAME(mix_all)(out, weight, stride, 4, head_size, values, times); break;
-    }
+    enum { TOGETHER = LANES == 16 ? 4 : 1 };
+    int head_size = heads->head_size;
+    for (int t = 0; t < times; t += TIME_BLOCK)
+        for (int head = heads->first, count; head < heads->last; head += count) {
+            const float *of_head = weight + (size_t)head * stride + t;
+            const float *block = values + block_of(heads, head, t);
+            float *to = out + head * head_size;
+            int steps = times - t < TIME_BLOCK ? times - t : TIME_BLOCK;
+            count = heads_together(heads, head, TOGETHER);
+            switch (count) {
+            case 1: NAME(mix_block)(to, of_head, stride, 1, head_size, block, steps); break;
+            case 2: NAME(mix_block)(to, of_head, stride, 2, head_size, block, steps); break;
+            case 3: NAME(mix_block)(to, of_head, stride, 3, head_size, block, steps); break;
+            case 4: NAME(mix_block)(to, of_head, stride, 4, head_size, block, steps); break;
+            }
+        }
 }
 
 // What the instruction sets do differently: the step of a dot product. Each lane of sum is a row,
@@ -1955,6 +2021,8 @@ static const Kernels NAME(kernels) = {
 #undef LOAD
 #undef STORE
 #undef SELECT
+#undef SOFTMAX_ROWS
+#undef MAX_TOGETHER
 #undef TEXT
 #undef QUOTED
 #undef ISA

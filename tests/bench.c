@@ -148,12 +148,9 @@ static double digest(Transformer *t, int tokens) {
 
 // Caches as after a long chat, without the time that it would take.
 static void fill_caches(Transformer *t) {
-    size_t count = (size_t)t->config.n_layers * (size_t)t->config.kv_dim * t->state.times;
     uint64_t state = 1;
-    for (size_t i = 0; i < count; i++) {
-        t->state.key_cache[i] = random_f32(&state) - 0.5f;
-        t->state.value_cache[i] = random_f32(&state) - 0.5f;
-    }
+    for (size_t i = 0; i < t->state.cache_size / sizeof(float); i++)
+        t->state.cache[i] = random_f32(&state) - 0.5f;
 }
 
 static int bench_plain(const char *path, int runs) {

@@ -76,6 +76,30 @@ static void golden(char **arguments, int count) {
     free_transformer(&t);
 }
 
+// window MODEL: the logits of every token against the oracle's until the window is full, in passes
+// of many lengths
+static void check_window(const char *path) {
+    Transformer t;
+    OracleModel oracle;
+    if (build_transformer(&t, path) < 0 || oracle_load(&oracle, path) < 0) exit(1);
+    start_engine_threads();
+    const int lengths[] = {1, 90, 1, 40, MAX_BATCH, 3, 17};
+    int tokens[MAX_BATCH], vocab_size = t.config.vocab_size, seq_len = t.config.seq_len;
+    for (int pos = 0, pass = 0, n; pos < seq_len; pos += n, pass++) {
+        n = lengths[pass % 7] < seq_len - pos ? lengths[pass % 7] : seq_len - pos;
+        for (int i = 0; i < n; i++) tokens[i] = (pos + i) * 31 % vocab_size;
+        const float *logits = forward_logits(&t, tokens, n, pos, n);
+        for (int i = 0; i < n; i++, logits += vocab_size)
+            if (memcmp(logits, oracle_forward(&oracle, tokens[i], pos + i),
+                       (size_t)vocab_size * sizeof(float)) != 0)
+                fail("window: the logits differ from the oracle's");
+    }
+    end_engine_threads();
+    printf("%s: a window of %d tokens agrees with the oracle\n", t.kernels->name, seq_len);
+    oracle_free(&oracle);
+    free_transformer(&t);
+}
+
 // ------------------------------------------------------------------------------------------------
 // The tokenizer: encode TOKENIZER VOCAB_SIZE < texts, each an int32 length and its bytes. Prints a
 // line of ids for each text.
@@ -162,26 +186,48 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
         free(a.odd), free(a.s), free(a.sum), free(out), free(expected), free(xq), free(xs);
 }
 
-static void check_attention(const Kernels *kernels, int heads, int head_size, int times) {
-    size_t hs = (size_t)head_size, stride = ((size_t)times + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK;
-    float *q = random_floats((size_t)heads * hs, -2, 2),
-          *k = random_floats((size_t)times * hs, -2, 2);
-    float *v = random_floats(stride * hs, -2, 2), *blocks = random_floats(stride * hs, -2, 2);
-    float *att = random_floats(MAX_HEADS * stride, 0, 1),
-          *out = oracle_alloc((size_t)heads * hs, 4);
+// Heads [first, last) of 2 * sharing, which see `times` time steps in two pieces, as from two
+// chunks.
+static void check_attention(const Kernels *kernels, int sharing, int head_size, int times) {
+    const int kv_heads = 2, piece = times / 3 / TIME_BLOCK * TIME_BLOCK;
+    int first = random_below(2 * sharing), last = first + 1 + random_below(2 * sharing - first);
+    Heads heads = {first, last, sharing, kv_heads, head_size};
+    size_t hs = (size_t)head_size, kv_dim = kv_heads * hs;
+    size_t stride = ((size_t)times + TIME_BLOCK - 1) / TIME_BLOCK * TIME_BLOCK;
+    float *q = random_floats(2 * (size_t)sharing * hs, -2, 2);
+    float *k = random_floats((size_t)times * kv_dim, -2, 2);
+    float *v = random_floats((size_t)times * kv_dim, -2, 2);
+    float *keys = random_floats(stride * kv_dim, -2, 2),
+          *values = random_floats(stride * kv_dim, -2, 2);
+    float *att = random_floats(2 * (size_t)sharing * stride, 0, 1);
+    float *out = oracle_alloc(2 * (size_t)sharing * hs, 4);
     float *expected = oracle_alloc(hs, 4), *weights = oracle_alloc((size_t)times, 4);
     for (size_t t = 0; t < (size_t)times; t++)
-        for (size_t i = 0; i < hs; i++)
-            blocks[(t / KEY_BLOCK * hs + i) * KEY_BLOCK + t % KEY_BLOCK] = k[t * hs + i];
-    kernels->score(att, stride, q, heads, head_size, blocks, times);
-    kernels->softmax(att, stride, heads, times);
-    kernels->mix(out, att, stride, heads, head_size, v, times);
-    for (int head = 0; head < heads; head++) {
-        oracle_attention(expected, q + (size_t)head * hs, k, hs, v, hs, times, head_size, weights);
-        expect_same("score and softmax", att + (size_t)head * stride, weights, (size_t)times * 4);
-        expect_same("mix", out + (size_t)head * hs, expected, hs * 4);
+        for (size_t head = 0; head < kv_heads; head++)
+            for (size_t i = 0; i < hs; i++) {
+                size_t block = (t / TIME_BLOCK * kv_heads + head) * hs * TIME_BLOCK;
+                keys[block + i * TIME_BLOCK + t % TIME_BLOCK] = k[t * kv_dim + head * hs + i];
+                values[block + t % TIME_BLOCK * hs + i] = v[t * kv_dim + head * hs + i];
+            }
+    float *later_keys = keys + (size_t)piece * kv_dim,
+          *later_values = values + (size_t)piece * kv_dim;
+    kernels->score(att, stride, q, &heads, keys, piece);
+    kernels->score(att + piece, stride, q, &heads, later_keys, times - piece);
+    kernels->softmax(att + (size_t)first * stride, stride, last - first, times);
+    kernels->mix(out, att, stride, &heads, values, piece);
+    kernels->mix(out, att + piece, stride, &heads, later_values, times - piece);
+    for (size_t head = 0; head < 2 * (size_t)sharing; head++) {
+        size_t of_kv_head = head / (size_t)sharing * hs;
+        memset(expected, 0, hs * 4); // no other head is touched
+        if (head >= (size_t)first && head < (size_t)last) {
+            oracle_attention(expected, q + head * hs, k + of_kv_head, kv_dim, v + of_kv_head,
+                             kv_dim, times, head_size, weights);
+            expect_same("score and softmax", att + head * stride, weights, (size_t)times * 4);
+        }
+        expect_same("mix", out + head * hs, expected, hs * 4);
     }
-    free(q), free(k), free(v), free(blocks), free(att), free(out), free(expected), free(weights);
+    free(q), free(k), free(v), free(keys), free(values), free(att), free(out), free(expected),
+        free(weights);
 }
 
 // round half away from zero, for all t = x / scale that a group with the scale 1 can hold
@@ -247,10 +293,10 @@ static void check_kernels(void) {
     check_matrix(kernels, 48, 4096, 1, 0, 48); // sums that leave 16 and 24 bits
     check_matrix(kernels, 48, 4096, 7, 0, 48);
     const int sizes[] = {2, 6, 8, 16, 22, 32, 48, 64, 80, 128};
-    for (int heads = 1; heads <= MAX_HEADS; heads++)
+    for (int sharing = 1; sharing <= 6; sharing++)
         for (int size = 0; size < 10; size++)
             for (int times = 1; times <= 150; times += 1 + times / 3)
-                check_attention(kernels, heads, sizes[size], times);
+                check_attention(kernels, sharing, sizes[size], times);
     check_rounding(kernels);
     for (int n = 1; n < 200; n++) check_swiglu(kernels, n);
     printf("%s kernels agree with the oracle\n", kernels->name);
@@ -392,6 +438,7 @@ static void print_classes(const char *path, int vocab_size) {
 int main(int argc, char **argv) {
     const char *command = argc > 1 ? argv[1] : "";
     if (strcmp(command, "golden") == 0) golden(argv + 2, argc - 2);
+    else if (strcmp(command, "window") == 0 && argc == 3) check_window(argv[2]);
     else if (strcmp(command, "encode") == 0 && argc == 4) encode_texts(argv[2], atoi(argv[3]));
     else if (strcmp(command, "classes") == 0 && argc == 4) print_classes(argv[2], atoi(argv[3]));
     else if (strcmp(command, "load") == 0) load_models(argv + 2, argc - 2);

@@ -9,6 +9,7 @@ from probes import kernel_tables, probe_lines
 from support import INFERENCE, TESTS, TINY, TOP, SessionTestCase, replies
 
 CASES = json.loads((TESTS / "golden" / "logits.json").read_text())
+LONG = "--seed 5 --dim 128 --hidden 128 --layers 2 --heads 4 --kv-heads 2 --vocab 64 --seq-len 600"
 SMALL_CASES, BIG_CASES = CASES[:2], CASES[2:]
 SAID = "My name is Zelda.\nTell me a story about a fox.\nWhat is my name?\n"
 
@@ -54,6 +55,11 @@ class NumbersTest(GoldenTestCase):
             with self.subTest(table):
                 line, = probe_lines(*command, environment={"KERNELS": table})
                 self.assertRegex(line, pattern.format(table=table))
+
+    def test_full_window(self):
+        """Every token has the oracle's bits until the window is full, over all chunks of the caches."""
+        self.assert_each_table_says("^{table}: a window of 600 tokens agrees with the oracle$",
+                                    "window", model_file(LONG))
 
     def test_kernels(self):
         """Each kernel of each table has the bits of the plain recipe, on many shapes."""
@@ -108,6 +114,14 @@ if (TOP / "parallel.c").exists():
                 for case in SMALL_CASES:
                     for batch in (1, 5, len(case["tokens"])):
                         self.assert_golden_with(threads, case, batch)
+
+        def test_full_window(self):
+            """Every token has the oracle's bits until the window is full."""
+            for threads in (2, 3):
+                with self.subTest(threads=threads):
+                    line, = probe_lines("window", model_file(LONG), engine="parallel",
+                                        environment={"THREADS": str(threads)})
+                    self.assertRegex(line, ": a window of 600 tokens agrees with the oracle$")
 
         def test_golden_case_of_the_full_size(self):
             """It matches to the last bit on two threads."""
