@@ -1632,21 +1632,34 @@ INLINE longs NAME(look_up)(longs i) {
 #endif
 }
 
+// x as doubles, kept within limits beyond which e^x as a float is infinite or 0 in any case. A NaN
+// stays one: of two operands that do not compare, min and max take the second.
+INLINE doubles NAME(widen)(half x) {
+#if defined(ISA_AVX512)
+    __m256 most = _mm256_set1_ps(89), least = _mm256_set1_ps(-110);
+    return (doubles)_mm512_cvtps_pd(_mm256_max_ps(least, _mm256_min_ps(most, (__m256)x)));
+#elif defined(ISA_AVX2)
+    __m128 most = _mm_set1_ps(89), least = _mm_set1_ps(-110);
+    return (doubles)_mm256_cvtps_pd(_mm_max_ps(least, _mm_min_ps(most, (__m128)x)));
+#else
+    const doubles most = (doubles){0} + 89, least = (doubles){0} - 110;
+    doubles wide = __builtin_convertvector(x, doubles);
+    wide = SELECT(doubles, longs, (longs)(wide > most), most, wide);
+    return SELECT(doubles, longs, (longs)(wide < least), least, wide);
+#endif
+}
+
 // e^x as glibc's expf computes it where there is no FMA, all in double and rounded once at the end:
 // x = k * ln2 / 32 + r, e^x = 2^(k/32) * a cubic polynomial of r. Right to 0.502 ulp.
 INLINE half NAME(exp_half)(half x) {
     const double C0 = 0x1.c6af84b912394p-5 / 32768, C1 = 0x1.ebfce50fac4f3p-3 / 1024;
     const double C2 = 0x1.62e42ff0c52d6p-1 / 32, shift = 0x1.8p52; // adding it rounds to an integer
-    const doubles zeros = {0}, infinities = zeros + (double)INFINITY;
-    doubles wide = __builtin_convertvector(x, doubles);
-    doubles z = wide * 0x1.71547652b82fep+5;
+    doubles z = NAME(widen)(x) * 0x1.71547652b82fep+5;
     doubles k = z + shift;
     doubles r = z - (k - shift);
     longs bits = (longs)k;
     doubles s = (doubles)(NAME(look_up)(bits) + (bits << 47));
     doubles y = ((C0 * r + C1) * (r * r) + (C2 * r + 1)) * s;
-    y = SELECT(doubles, longs, (longs)(wide > 0x1.62e42ep6), infinities, y);
-    y = SELECT(doubles, longs, (longs)(wide < -0x1.9fe368p6), zeros, y);
     return __builtin_convertvector(y, half);
 }
 
@@ -1730,6 +1743,18 @@ KERNEL void NAME(swiglu)(float *gate, const float *up, int n) {
     memcpy(gate + i, &h, rest);
 }
 
+// Numbers of -127..127 as bytes.
+INLINE bytes NAME(narrow)(ints q) {
+#if defined(ISA_AVX2) // compilers would take the numbers out one by one
+    __m128i low = _mm256_castsi256_si128((__m256i)q),
+            high = _mm256_extracti128_si256((__m256i)q, 1);
+    __m128i words = _mm_packs_epi32(low, high);
+    return (bytes)_mm_cvtsi128_si64(_mm_packs_epi16(words, words));
+#else
+    return __builtin_convertvector(q, bytes);
+#endif
+}
+
 // roundf(t) is the integer part of t + the greatest float below 0.5, away from zero: 0.5 itself
 // would carry 0.49999997 up to 1. As bits, floats of one sign are ordered as the integers are.
 KERNEL void NAME(quantize)(Activations *out, int token, const float *x) {
@@ -1766,7 +1791,7 @@ KERNEL void NAME(quantize)(Activations *out, int token, const float *x) {
             floats size = (floats)((ints)t & ~sign) + below_half;
             size = SELECT(floats, ints, size < most, size, most); // and so for a NaN
             ints q = __builtin_convertvector((floats)((ints)size | signs), ints);
-            STORE(bytes, to + i, __builtin_convertvector(q, bytes));
+            STORE(bytes, to + i, NAME(narrow)(q));
             sum += q;
         }
         quads four = {0};

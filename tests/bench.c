@@ -90,22 +90,6 @@ static double median(double *values, int count) {
     return count % 2 ? values[count / 2] : (values[count / 2 - 1] + values[count / 2]) / 2;
 }
 
-// Bytes per second: the best of several ways, each the median of some readings.
-static double bandwidth(const char *memory, size_t size, int threads) {
-    const int streams[] = {1, 2, 4, 8};
-    const size_t ahead[] = {0, 256, 1024};
-    double best = 0;
-    for (int s = 0; s < 4; s++)
-        for (int a = 0; a < 3; a++) {
-            double time[5];
-            for (int i = 0; i < 5; i++)
-                time[i] = time_reading(memory, size, threads, streams[s], ahead[a]);
-            double rate = (double)size / median(time, 5);
-            if (rate > best) best = rate;
-        }
-    return best;
-}
-
 static char *huge_block(size_t size) {
     size_t page = 2 << 20;
     char *memory =
@@ -124,17 +108,49 @@ static double cpu_seconds(struct timeval time) {
     return (double)time.tv_sec + 1e-6 * (double)time.tv_usec;
 }
 
-#define TOKENS 24 // decoded in one go
+// The ways to read a block of memory: with so many streams, and prefetching so far ahead.
+static const struct {
+    int streams;
+    size_t ahead;
+} ways[] = {{1, 0}, {1, 256}, {1, 1024}, {2, 0}, {2, 256}, {2, 1024},
+            {4, 0}, {4, 256}, {4, 1024}, {8, 0}, {8, 256}, {8, 1024}};
 
-// Seconds of a token near a position, the sampler included.
-static double decode(Transformer *t, Sampler *sampler, int pos) {
-    double time[TOKENS];
-    for (int i = 0, token = 1; i < TOKENS; i++) {
-        double start = seconds();
-        token = sample(sampler, forward(t, &token, 1, pos + i));
-        time[i] = seconds() - start;
+#define WAYS (sizeof(ways) / sizeof(ways[0]))
+#define ROUNDS 7
+#define TOKENS 4 // in each round
+
+typedef struct {
+    double bandwidth;    // bytes per second, of the best way to read
+    double token;        // seconds for a token, the sampler included
+    double user, system; // CPU seconds of all the tokens
+} Decoding;
+
+// Decodes near a position and reads a block of memory in turn: what the machine can give varies
+// from one tenth of a second to the next, and both should see the same of it.
+static Decoding decode(Transformer *t, Sampler *sampler, int pos, const char *block, int readers) {
+    double reading[WAYS][ROUNDS], tokens[ROUNDS * TOKENS];
+    Decoding result = {0};
+    for (int round = 0, token = 1; round < ROUNDS; round++) {
+        for (size_t way = 0; way < WAYS; way++)
+            reading[way][round] =
+                time_reading(block, t->file_size, readers, ways[way].streams, ways[way].ahead);
+        struct rusage before, after;
+        getrusage(RUSAGE_SELF, &before);
+        for (int i = round * TOKENS; i < (round + 1) * TOKENS; i++) {
+            double start = seconds();
+            token = sample(sampler, forward(t, &token, 1, pos + i));
+            tokens[i] = seconds() - start;
+        }
+        getrusage(RUSAGE_SELF, &after);
+        result.user += cpu_seconds(after.ru_utime) - cpu_seconds(before.ru_utime);
+        result.system += cpu_seconds(after.ru_stime) - cpu_seconds(before.ru_stime);
     }
-    return median(time, TOKENS);
+    for (size_t way = 0; way < WAYS; way++) {
+        double rate = (double)t->file_size / median(reading[way], ROUNDS);
+        if (rate > result.bandwidth) result.bandwidth = rate;
+    }
+    result.token = median(tokens, ROUNDS * TOKENS);
+    return result;
 }
 
 // Tokens per second of a prompt.
@@ -190,19 +206,16 @@ int main(int argc, char **argv) {
         // for each position: read bandwidth, seconds per token, bytes read per token; for each
         // prompt length: tokens per second; user and system seconds of the tokens near the first
         // position
-        struct rusage before, after;
+        Decoding near[3];
         for (int i = 0; i < 3; i++) {
-            double rate = bandwidth(block, t.file_size, readers);
-            if (i == 0) getrusage(RUSAGE_SELF, &before);
-            double time = decode(&t, &sampler, positions[i]);
-            if (i == 0) getrusage(RUSAGE_SELF, &after);
-            double cache = 2.0 * t.config.n_layers * t.config.kv_dim * (positions[i] + TOKENS / 2) *
-                           sizeof(float);
-            printf("%.6g %.6g %.6g ", rate, time, (double)t.file_size + cache);
+            near[i] = decode(&t, &sampler, positions[i], block, readers);
+            double cache = 2.0 * t.config.n_layers * t.config.kv_dim *
+                           (positions[i] + ROUNDS * TOKENS / 2) * sizeof(float);
+            printf("%.6g %.6g %.6g ", near[i].bandwidth, near[i].token,
+                   (double)t.file_size + cache);
         }
         for (int i = 0; i < 3; i++) printf("%.6g ", digest(&t, prompts[i]));
-        printf("%.4f %.4f\n", cpu_seconds(after.ru_utime) - cpu_seconds(before.ru_utime),
-               cpu_seconds(after.ru_stime) - cpu_seconds(before.ru_stime));
+        printf("%.4f %.4f\n", near[0].user, near[0].system);
         fflush(stdout);
     }
 #ifdef PARALLEL

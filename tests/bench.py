@@ -149,7 +149,7 @@ def thread_counts(runs, model):
         rows.append([str(threads), spread([b / 1e9 for b in columns[0]], "{:.1f}"),
                      decoding(*columns[:3]), *map(spread, columns[3 * len(POSITIONS):][:len(PROMPTS)]),
                      f"{statistics.median(user):.3f}", f"{statistics.median(system):.3f}"])
-    print(f"Threads, on {os.cpu_count()} CPUs. User and system seconds are those of 24 tokens.\n")
+    print(f"Threads, on {os.cpu_count()} CPUs. User and system seconds are those of 28 tokens.\n")
     print_table(["threads", "read GB/s", "decoding near 100, of limit",
                  *(f"prompt of {p}" for p in PROMPTS), "user, s", "system, s"], rows)
 
