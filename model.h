@@ -251,6 +251,7 @@ static const Kernels *choose_kernels(void) {
 
 #define MAX_BATCH 128 // tokens of one pass: their activations stay in the second-level cache
 #define MAX_WORKERS MAX_THREADS
+#define NORM_ROWS 4 // rows that rmsnorm() sums side by side
 
 // What a pass works on. "Own" is memory of one worker that no other touches.
 typedef struct {
@@ -264,6 +265,7 @@ typedef struct {
     float *logits;                // [MAX_BATCH][vocab_size]
     Activations shared;           // of all tokens of a pass
     Activations own[MAX_WORKERS]; // of the only token of a pass
+    float *normed[MAX_WORKERS];   // [NORM_ROWS][dim], on their way into the activations
     float *att[MAX_WORKERS];      // [n_heads][times]
     float *frequency;             // [head_size / 2], radians per position
     float *cache;                 // keys and values, see chunk_of()
@@ -455,6 +457,7 @@ static void lay_out_state(State *s, const Config *c) {
     s->shared = take_activations(s, MAX_BATCH, widest);
     for (int worker = 0; worker < MAX_WORKERS; worker++) {
         s->own[worker] = take_activations(s, 1, widest);
+        s->normed[worker] = take_floats(s, NORM_ROWS * dim);
         s->att[worker] = take_floats(s, (size_t)c->n_heads * s->times);
     }
     s->logits = take_floats(s, MAX_BATCH * (size_t)c->vocab_size);
@@ -640,8 +643,6 @@ static void rope(float *x, Range rows, const float *table, int head_size) {
 // out = weight * x / root mean square of x, for 1..NORM_ROWS rows of `size`. The sum of squares
 // goes in index order, in which each addition waits for the one before, so the rows are summed side
 // by side.
-#define NORM_ROWS 4
-
 static void rmsnorm(float *out, const float *x, const float *weight, int size, int rows) {
     const float *row[NORM_ROWS];
     for (int r = 0; r < NORM_ROWS; r++) row[r] = x + (size_t)(r < rows ? r : 0) * (size_t)size;
@@ -686,11 +687,12 @@ static Activations activate(const Pass *pass, const float *x, const float *weigh
     for (int first = mine.first; first < mine.last; first += NORM_ROWS) {
         int rows = mine.last - first < NORM_ROWS ? mine.last - first : NORM_ROWS;
         const float *values = x + (size_t)first * (size_t)width;
-        float normed[weight ? NORM_ROWS * width : 1];
-        if (weight) rmsnorm(normed, values, weight, width, rows);
+        if (weight) {
+            rmsnorm(t->state.normed[worker], values, weight, width, rows);
+            values = t->state.normed[worker];
+        }
         for (int r = 0; r < rows; r++)
-            t->kernels->quantize(&out, first + r,
-                                 (weight ? normed : values) + (size_t)r * (size_t)width);
+            t->kernels->quantize(&out, first + r, values + (size_t)r * (size_t)width);
     }
     if (n > 1) meet(workers);
     return out;
