@@ -412,29 +412,24 @@ static Activations take_activations(State *s, size_t tokens, int width) {
     return a;
 }
 
-// The keys and values of some time steps, in blocks.
-typedef struct {
-    int start, times;     // the time steps start.., a multiple of TIME_BLOCK
-    float *keys, *values; // [times / TIME_BLOCK][kv_head][head_size][TIME_BLOCK] and
-                          // [times / TIME_BLOCK][kv_head][TIME_BLOCK][head_size]
-} Chunk;
-
 #define FIRST_CHUNK 128 // time steps
 
-// The chunk of a layer that holds a time step. A chunk is as long as all before it, and holds all
-// layers: so a short chat needs little memory, which lies close together, and a long one reads it
-// in long runs.
-static Chunk chunk_of(const State *s, const Config *c, int layer, int time) {
-    Chunk chunk = {.start = 0, .times = FIRST_CHUNK};
-    while (time >= chunk.start + chunk.times) {
-        chunk.start += chunk.times;
-        chunk.times = chunk.start;
-    }
-    size_t kv_dim = (size_t)c->kv_dim, of_layer = (size_t)chunk.times * kv_dim;
-    float *layers = s->cache + (size_t)chunk.start * 2 * kv_dim * (size_t)c->n_layers;
-    chunk.keys = layers + (size_t)layer * 2 * of_layer;
-    chunk.values = chunk.keys + of_layer;
-    return chunk;
+// The keys and values of a layer for time steps that follow each other, in blocks.
+typedef struct {
+    int start, times;     // start is a multiple of TIME_BLOCK
+    float *keys, *values; // of the time steps start .. start + times - 1
+} Chunk;
+
+// The chunk that holds a time step, as far as `end`. A chunk is as long as all before it, and has
+// all layers: so what a short chat needs is little and lies close together, and a long one reads
+// long runs of memory.
+static Chunk chunk_of(const State *s, const Config *c, int layer, int time, int end) {
+    int start = 0, length = FIRST_CHUNK;
+    for (; time >= start + length; length = start) start += length;
+    size_t kv_dim = (size_t)c->kv_dim, of_layer = (size_t)length * kv_dim;
+    float *layers = s->cache + (size_t)start * 2 * kv_dim * (size_t)c->n_layers;
+    float *keys = layers + (size_t)layer * 2 * of_layer;
+    return (Chunk){start, end - start < length ? end - start : length, keys, keys + of_layer};
 }
 
 static void lay_out_state(State *s, const Config *c) {
@@ -704,8 +699,9 @@ static void store_keys_and_values(const Pass *pass, int layer, Range rows) {
     State *s = &pass->transformer->state;
     size_t head_size = (size_t)c->head_size;
     for (int token = 0; token < pass->n; token++) {
-        Chunk chunk = chunk_of(s, c, layer, pass->pos + token);
-        size_t step = (size_t)(pass->pos + token - chunk.start), lane = step % TIME_BLOCK;
+        int time = pass->pos + token;
+        Chunk chunk = chunk_of(s, c, layer, time, time + 1);
+        size_t step = (size_t)(time - chunk.start), lane = step % TIME_BLOCK;
         size_t block = step / TIME_BLOCK * (size_t)c->kv_dim * TIME_BLOCK;
         const float *k = s->k + (size_t)token * (size_t)c->kv_dim;
         const float *v = s->v + (size_t)token * (size_t)c->kv_dim;
@@ -730,15 +726,13 @@ static void multi_head_attn(const Pass *pass, int layer, int token, Range range,
     int times = pass->pos + token + 1, count = range.last - range.first;
     Chunk chunk;
     for (int t = 0; t < times; t += chunk.times) {
-        chunk = chunk_of(s, c, layer, t);
-        if (chunk.times > times - t) chunk.times = times - t;
+        chunk = chunk_of(s, c, layer, t, times);
         kernels->score(att + t, s->times, q, &heads, chunk.keys, chunk.times);
     }
     kernels->softmax(att + (size_t)range.first * s->times, s->times, count, times);
     memset(out + range.first * c->head_size, 0, (size_t)(count * c->head_size) * sizeof(float));
     for (int t = 0; t < times; t += chunk.times) {
-        chunk = chunk_of(s, c, layer, t);
-        if (chunk.times > times - t) chunk.times = times - t;
+        chunk = chunk_of(s, c, layer, t, times);
         kernels->mix(out, att + t, s->times, &heads, chunk.values, chunk.times);
     }
 }
@@ -1810,8 +1804,8 @@ KERNEL void NAME(quantize)(Activations *out, int token, const float *x) {
 #endif
 }
 
-#define MAX_TOGETHER                                                                               \
-    4 // heads for which a key or a value is loaded once; their sums stay in registers
+// Heads that share keys and values go together, as many as have room for their sums in registers.
+#define MAX_TOGETHER 4
 
 // Scores of a block of time steps.
 INLINE void NAME(score_block)(float *out, size_t stride, const float *q, const int heads,
