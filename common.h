@@ -311,7 +311,7 @@ typedef struct {
     uint32_t size;     // of this structure, for the kernel to know its version
     uint32_t policy;   // SCHED_...
     uint64_t flags;    // 0
-    int32_t nice;      // SCHED_OTHER, SCHED_BATCH: -20..19
+    int32_t nice;      // SCHED_OTHER, SCHED_BATCH, SCHED_IDLE: -20..19
     uint32_t priority; // SCHED_FIFO, SCHED_RR: 1..99
     uint64_t runtime;  // SCHED_DEADLINE: nanoseconds
     uint64_t deadline; // likewise

@@ -136,7 +136,7 @@ static Options parse_options(int argc, char **argv) {
     bool good = true;
     char **argument = options.engine_arguments = calloc((size_t)argc + 4, sizeof(char *));
     if (argument == NULL) exit(1);
-    argument++; // the name comes last, when it is known
+    argument++; // the engine's own name is filled in last, when it is known
     for (int option; (option = getopt(argc, argv, ":" POLICY_OPTIONS SETTINGS_OPTIONS)) != -1;) {
         if (strchr(POLICY_OPTIONS, option) && option != ':')
             good = take_policy_option(&options, option, optarg) && good;
@@ -148,7 +148,11 @@ static Options parse_options(int argc, char **argv) {
         complain("%s is not a seed.", argv[optind]);
         good = false;
     }
-    if (!good || argc - optind > 1 || !settle_policy(&options)) usage(argv[0]);
+    if (argc - optind > 1) {
+        complain("Only one seed is taken, and nothing behind it.");
+        good = false;
+    }
+    if (!good || !settle_policy(&options)) usage(argv[0]);
 
     settle_seed(&options.settings);
     options.engine_arguments[0] = options.threads ? "parallel" : "inference";
@@ -164,10 +168,11 @@ static int set_attributes(pid_t thread, const SchedulingAttributes *attributes) 
     return (int)syscall(SYS_sched_setattr, thread, attributes, 0u);
 }
 
-// Sets the policy of one thread. SCHED_IDLE's call ignores the nice value, so that is set before,
-// as SCHED_OTHER's. Returns 0 or -1 with errno.
+// Sets the policy of one thread. SCHED_IDLE's call ignores the nice value, so another one is set
+// before, as SCHED_OTHER's. Returns 0 or -1 with errno.
 static int set_policy(pid_t thread, const SchedulingAttributes *attributes) {
-    if (attributes->policy == SCHED_IDLE) {
+    if (attributes->policy == SCHED_IDLE &&
+        getpriority(PRIO_PROCESS, (id_t)thread) != attributes->nice) {
         SchedulingAttributes nice_only = *attributes;
         nice_only.policy = SCHED_OTHER;
         if (set_attributes(thread, &nice_only) < 0) return -1;
@@ -208,8 +213,12 @@ static void complain_of_refusal(const SchedulingAttributes *attributes, int caus
         advice =
             "it takes 1024 ns <= runtime <= deadline <= period, and a period that the kernel's "
             "sched_deadline_period_min_us and _max_us allow";
-    complain("The kernel refuses %s (%s): %s.", policy_names[attributes->policy], strerror(cause),
-             advice);
+    bool real_time = attributes->policy == SCHED_FIFO || attributes->policy == SCHED_RR;
+    char nice[40] = "";
+    if (!deadline && !real_time)
+        snprintf(nice, sizeof(nice), " with the nice value %d", (int)attributes->nice);
+    complain("The kernel refuses %s%s (%s): %s.", policy_names[attributes->policy], nice,
+             strerror(cause), advice);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -472,7 +481,7 @@ static void take_returns(Chat *chat) {
                 say_goodbye(chat);
                 return;
             }
-            chat->phase = ASKING; // the prompt mark is there already
+            chat->phase = ASKING; // the prompt mark came while the model loaded
         } else if (chat->phase == WORKING) {
             if (!chat->meter.told) log_sample(&chat->meter, chat->child.pid);
             ask(chat, ASKING);
@@ -549,8 +558,8 @@ static int report_end(const Chat *chat, int status) {
     if (chat->interrupt) signal = chat->interrupt;
     int code = signal ? 128 + signal : WEXITSTATUS(status);
     struct pollfd output = {.fd = STDOUT_FILENO, .events = POLLOUT};
-    bool readable = poll(&output, 1, 0) == 1 && !(output.revents & (POLLERR | POLLNVAL));
-    if (!chat->output_closed && readable) { // there is somebody to tell
+    bool writable = poll(&output, 1, 0) == 1 && !(output.revents & (POLLERR | POLLNVAL));
+    if (!chat->output_closed && writable) { // there is somebody to tell
         printf("%sChild exited with %d", chat->line_ended ? "" : "\n", code);
         if (signal) printf(" (%s)", signal_name(signal));
         putchar('\n');

@@ -241,8 +241,10 @@ static const Kernels *choose_kernels(void) {
     if (wanted == NULL || *wanted == '\0') return usable[0];
     for (int i = 0; i < count; i++)
         if (strcmp(wanted, usable[i]->name) == 0) return usable[i];
-    complain("KERNELS=%s: this machine has no such kernels; unset the variable for the best.",
-             wanted);
+    complain(
+        "KERNELS=%s: this machine has no such kernels. Choose avx512, avx2 or portable, as far "
+        "as it has them, or unset the variable for the best.",
+        wanted);
     return NULL;
 }
 
@@ -298,6 +300,14 @@ __attribute__((format(printf, 2, 3))) static int refuse_file(const char *path, c
     complain(
         "%s: %s. Get the real files with \"make prepare\", or use the small model: -d tests/tiny",
         path, wrong);
+    return -1;
+}
+
+// Complains that there is not enough memory for something of one of the two files. Returns -1.
+static int lack_memory(const char *path, const char *what, size_t size) {
+    complain("%s: there is not enough memory for %s (%zu bytes). End other programs, or allow this "
+             "one more: ulimit -v",
+             path, what, size);
     return -1;
 }
 
@@ -462,8 +472,7 @@ static void lay_out_state(State *s, const Config *c) {
 static int build_state(State *s, const Config *c, const char *path) {
     lay_out_state(s, c);
     void *memory = mmap(NULL, s->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED)
-        return refuse_file(path, "there is no memory for the %zu bytes that it takes", s->size);
+    if (memory == MAP_FAILED) return lack_memory(path, "computing", s->size);
     s->memory = memory;
     lay_out_state(s, c);
     madvise(s->cache, s->cache_size, MADV_HUGEPAGE); // as for the panels below
@@ -506,9 +515,7 @@ static int build_panels(Transformer *t, const char *path) {
     t->panels_size = count * sizeof(Panel);
     void *memory = mmap(NULL, t->panels_size, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED)
-        return refuse_file(path, "there is no memory for the %zu bytes of its weights",
-                           t->panels_size);
+    if (memory == MAP_FAILED) return lack_memory(path, "its weights", t->panels_size);
     t->panels = memory;
     madvise(memory, t->panels_size, MADV_HUGEPAGE); // advice: without huge pages it works, too
     Panel *next = t->panels;
@@ -554,13 +561,15 @@ static int build_transformer(Transformer *t, const char *path) {
     // Nothing can't be mapped; read_header() tells about that.
     void *file = t->file_size > 0 ? mmap(NULL, t->file_size, PROT_READ, MAP_PRIVATE, fd, 0) : NULL;
     close(fd);
-    if (file == MAP_FAILED) return refuse_file(path, "cannot be mapped: %s", strerror(errno));
+    if (file == MAP_FAILED)
+        return errno == ENOMEM ? lack_memory(path, "mapping it", t->file_size)
+                               : refuse_file(path, "cannot be mapped: %s", strerror(errno));
     t->file = file;
     if (read_header(&t->config, &shared_classifier, t->file, t->file_size, path) < 0) goto failed;
 
     t->weights.layers = calloc((size_t)t->config.n_layers, sizeof(Layer));
     if (t->weights.layers == NULL) {
-        refuse_file(path, "there is no memory for its layers");
+        lack_memory(path, "its layers", (size_t)t->config.n_layers * sizeof(Layer));
         goto failed;
     }
     size_t expected = map_weights(&t->weights, &t->config, shared_classifier, NULL);
@@ -1121,7 +1130,7 @@ static int build_tokenizer(Tokenizer *t, const char *path, int vocab_size) {
     bool complete = t->file && read(fd, t->file, size) == (ssize_t)size;
     close(fd);
     if (!t->file || !t->tokens || !t->table || !t->class_of) {
-        refuse_file(path, "there is no memory for it");
+        lack_memory(path, "its tokens", size);
         goto failed;
     }
     if (!complete) {
@@ -1502,11 +1511,12 @@ static float *catch_up(Session *s) {
 
 // Answers a prompt of at most MAX_PROMPT_LEN bytes: the reply goes to stdout, token by token, then
 // a line of figures. Returns 0, also for a prompt that the window can't hold, which is told; or -1
-// if the session can't go on: stdout is closed, or the logits are not finite.
+// if the session can't go on: stdout is closed, there is no memory, or the logits are not finite.
 static int generate(Session *s, const char *prompt, size_t length) {
     Tokenizer *t = &s->tokenizer;
     int seq_len = s->transformer.config.seq_len;
     int *turn = malloc((length + 64) * sizeof(int));
+    if (turn == NULL) complain("There is not enough memory for a prompt of %zu bytes.", length);
     int count = turn ? encode_prompt(t, prompt, length, turn) : -1;
     int closing = 2; // tokens behind the reply: <|im_end|> and newline
     if (count < 0 || count + 1 + closing > seq_len) {

@@ -24,10 +24,10 @@
 // ------------------------------------------------------------------------------------------------
 // The pool
 //
-// One group of threads for everything. The calling thread hands out a pass and sleeps; so many
-// threads as there are CPUs take a place in it, walk through it together, and meet a handful of
-// times per layer. Threads that get no place sleep on: the places are given to whoever was waiting
-// longest, so with more threads than CPUs they take turns from pass to pass, instead of pushing
+// One group of threads for everything. The calling thread hands out a pass and sleeps; the threads,
+// but no more than there are CPUs, take a place in it, walk through it together, and meet a handful
+// of times per layer. Threads that get no place sleep on. With more threads than CPUs they so take
+// turns from pass to pass (as the mutex and the kernel happen to wake them), instead of pushing
 // each other off the CPUs.
 
 static struct {
