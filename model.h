@@ -130,9 +130,9 @@ typedef struct {
 // Each table is the same functions compiled for another instruction set; all give the same bits.
 // Which one to use is found out at run time, so that one plain build serves all machines.
 
-// Keys and values lie in blocks of TIME_BLOCK time steps, [time / TIME_BLOCK][kv_head] and in such
-// a block keys as [head_size][TIME_BLOCK] and values as [TIME_BLOCK][head_size]: both are read in
-// the order of their addresses, each once for all heads that share them.
+// Keys and values lie in blocks of TIME_BLOCK time steps, [time / TIME_BLOCK][kv_head], in such a
+// block keys as [head_size][TIME_BLOCK] and values as [TIME_BLOCK][head_size]. Block after block is
+// read from memory in the order of the addresses; heads that share it find it in the cache.
 #define TIME_BLOCK 32
 
 // Heads of the attention that are computed in one go.
@@ -422,31 +422,27 @@ static Activations take_activations(State *s, size_t tokens, int width) {
     return a;
 }
 
-#define FIRST_CHUNK 128 // time steps
+#define CHUNK 128 // time steps
 
-// The keys and values of a layer for time steps that follow each other, in blocks.
+// The keys and the values of a layer for CHUNK time steps, in blocks.
 typedef struct {
-    int start, times;     // start is a multiple of TIME_BLOCK
-    float *keys, *values; // of the time steps start .. start + times - 1
+    float *keys, *values;
 } Chunk;
 
-// The chunk that holds a time step, as far as `end`. A chunk is as long as all before it, and has
-// all layers: so what a short chat needs is little and lies close together, and a long one reads
-// long runs of memory.
-static Chunk chunk_of(const State *s, const Config *c, int layer, int time, int end) {
-    int start = 0, length = FIRST_CHUNK;
-    for (; time >= start + length; length = start) start += length;
-    size_t kv_dim = (size_t)c->kv_dim, of_layer = (size_t)length * kv_dim;
-    float *layers = s->cache + (size_t)start * 2 * kv_dim * (size_t)c->n_layers;
-    float *keys = layers + (size_t)layer * 2 * of_layer;
-    return (Chunk){start, end - start < length ? end - start : length, keys, keys + of_layer};
+// The chunk that holds a time step. The cache is [time / CHUNK][layer][keys, values]: what a short
+// chat uses is little and lies close together, and yet a layer is read in long runs.
+static Chunk chunk_of(const State *s, const Config *c, int layer, int time) {
+    size_t number = (size_t)(time / CHUNK) * (size_t)c->n_layers + (size_t)layer;
+    size_t size = CHUNK * (size_t)c->kv_dim;
+    float *keys = s->cache + number * 2 * size;
+    return (Chunk){keys, keys + size};
 }
 
 static void lay_out_state(State *s, const Config *c) {
     size_t dim = (size_t)c->dim, hidden_dim = (size_t)c->hidden_dim, kv_dim = (size_t)c->kv_dim;
     int widest = c->dim > c->hidden_dim ? c->dim : c->hidden_dim;
     s->size = 0;
-    for (s->times = FIRST_CHUNK; s->times < (size_t)c->seq_len;) s->times *= 2;
+    s->times = ((size_t)c->seq_len + CHUNK - 1) / CHUNK * CHUNK;
     s->cache = take_floats(s, s->times * 2 * kv_dim * (size_t)c->n_layers);
     s->cache_size = s->size;
     s->x = take_floats(s, MAX_BATCH * dim);
@@ -468,10 +464,11 @@ static void lay_out_state(State *s, const Config *c) {
     s->logits = take_floats(s, MAX_BATCH * (size_t)c->vocab_size);
 }
 
-// Fresh anonymous pages are zero, and memory that is never touched is never there.
+// Fresh anonymous pages are zero, and pages that are never touched are never there.
 static int build_state(State *s, const Config *c, const char *path) {
     lay_out_state(s, c);
-    void *memory = mmap(NULL, s->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *memory = mmap(NULL, s->size, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) return lack_memory(path, "computing", s->size);
     s->memory = memory;
     lay_out_state(s, c);
@@ -709,8 +706,8 @@ static void store_keys_and_values(const Pass *pass, int layer, Range rows) {
     size_t head_size = (size_t)c->head_size;
     for (int token = 0; token < pass->n; token++) {
         int time = pass->pos + token;
-        Chunk chunk = chunk_of(s, c, layer, time, time + 1);
-        size_t step = (size_t)(time - chunk.start), lane = step % TIME_BLOCK;
+        Chunk chunk = chunk_of(s, c, layer, time);
+        size_t step = (size_t)time % CHUNK, lane = step % TIME_BLOCK;
         size_t block = step / TIME_BLOCK * (size_t)c->kv_dim * TIME_BLOCK;
         const float *k = s->k + (size_t)token * (size_t)c->kv_dim;
         const float *v = s->v + (size_t)token * (size_t)c->kv_dim;
@@ -733,16 +730,15 @@ static void multi_head_attn(const Pass *pass, int layer, int token, Range range,
     const float *q = s->q + (size_t)token * (size_t)c->dim;
     float *out = s->xb + (size_t)token * (size_t)c->dim;
     int times = pass->pos + token + 1, count = range.last - range.first;
-    Chunk chunk;
-    for (int t = 0; t < times; t += chunk.times) {
-        chunk = chunk_of(s, c, layer, t, times);
-        kernels->score(att + t, s->times, q, &heads, chunk.keys, chunk.times);
+    for (int t = 0; t < times; t += CHUNK) {
+        int steps = times - t < CHUNK ? times - t : CHUNK;
+        kernels->score(att + t, s->times, q, &heads, chunk_of(s, c, layer, t).keys, steps);
     }
     kernels->softmax(att + (size_t)range.first * s->times, s->times, count, times);
     memset(out + range.first * c->head_size, 0, (size_t)(count * c->head_size) * sizeof(float));
-    for (int t = 0; t < times; t += chunk.times) {
-        chunk = chunk_of(s, c, layer, t, times);
-        kernels->mix(out, att + t, s->times, &heads, chunk.values, chunk.times);
+    for (int t = 0; t < times; t += CHUNK) {
+        int steps = times - t < CHUNK ? times - t : CHUNK;
+        kernels->mix(out, att + t, s->times, &heads, chunk_of(s, c, layer, t).values, steps);
     }
 }
 
@@ -1854,10 +1850,13 @@ KERNEL void NAME(score)(float *out, size_t stride, const float *q, const Heads *
         }
 }
 
+// Dimensions that go together: 64, or half of them in the smallest registers.
+#define MIX_VECTORS (LANES == 16 ? 4 : 8)
+
 // Some vectors of dimensions of a block's values.
 INLINE void NAME(mix_vectors)(float *out, const float *weight, size_t stride, const int heads,
                               int head_size, const float *values, int times, const int vectors) {
-    floats sum[MAX_TOGETHER][8];
+    floats sum[MAX_TOGETHER][MIX_VECTORS];
     for (int head = 0; head < heads; head++)
         for (int v = 0; v < vectors; v++)
             sum[head][v] = LOAD(floats, out + head * head_size + v * LANES);
@@ -1872,13 +1871,12 @@ INLINE void NAME(mix_vectors)(float *out, const float *weight, size_t stride, co
             STORE(floats, out + head * head_size + v * LANES, sum[head][v]);
 }
 
-// A block's values: 64 dimensions at a time, or half of them in the smallest registers.
 INLINE void NAME(mix_block)(float *out, const float *weight, size_t stride, const int heads,
                             int head_size, const float *values, int times) {
-    enum { VECTORS = LANES == 16 ? 4 : 8 };
+    const int vectors = MIX_VECTORS;
     int i = 0;
-    for (; i + VECTORS * LANES <= head_size; i += VECTORS * LANES)
-        NAME(mix_vectors)(out + i, weight, stride, heads, head_size, values + i, times, VECTORS);
+    for (; i + vectors * LANES <= head_size; i += vectors * LANES)
+        NAME(mix_vectors)(out + i, weight, stride, heads, head_size, values + i, times, vectors);
     for (; i + LANES <= head_size; i += LANES)
         NAME(mix_vectors)(out + i, weight, stride, heads, head_size, values + i, times, 1);
     for (; i < head_size; i++)
@@ -2054,6 +2052,7 @@ static const Kernels NAME(kernels) = {
 #undef SELECT
 #undef SOFTMAX_ROWS
 #undef MAX_TOGETHER
+#undef MIX_VECTORS
 #undef TEXT
 #undef QUOTED
 #undef ISA

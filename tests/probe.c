@@ -189,7 +189,7 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
 // Heads [first, last) of 2 * sharing, which see `times` time steps in two pieces, as from two
 // chunks.
 static void check_attention(const Kernels *kernels, int sharing, int head_size, int times) {
-    const int kv_heads = 2, piece = times / 3 / TIME_BLOCK * TIME_BLOCK;
+    const int kv_heads = 2, piece = random_below(times / TIME_BLOCK + 1) * TIME_BLOCK;
     int first = random_below(2 * sharing), last = first + 1 + random_below(2 * sharing - first);
     Heads heads = {first, last, sharing, kv_heads, head_size};
     size_t hs = (size_t)head_size, kv_dim = kv_heads * hs;
@@ -448,6 +448,8 @@ int main(int argc, char **argv) {
     else if (strcmp(command, "rope") == 0 && argc == 3) hash_rope(atoi(argv[2]));
     else if (strcmp(command, "exp") == 0 && argc == 3) check_exp((uint32_t)atoi(argv[2]));
     else if (strcmp(command, "sampler") == 0) check_sampler();
-    else fail("Usage: probe golden|encode|classes|load|memory|tables|kernels|rope|exp|sampler ...");
+    else
+        fail("Usage: probe "
+             "golden|window|encode|classes|load|memory|tables|kernels|rope|exp|sampler ...");
     return 0;
 }

@@ -9,7 +9,11 @@ from probes import kernel_tables, probe_lines
 from support import INFERENCE, TESTS, TINY, TOP, SessionTestCase, replies
 
 CASES = json.loads((TESTS / "golden" / "logits.json").read_text())
-LONG = "--seed 5 --dim 128 --hidden 128 --layers 2 --heads 4 --kv-heads 2 --vocab 64 --seq-len 600"
+# windows of several chunks of the caches: heads of 32 that two share, and of 22 that sixteen share
+WINDOWS = {
+    600: "--seed 5 --dim 128 --hidden 128 --layers 2 --heads 4 --kv-heads 2 --vocab 64 --seq-len 600",
+    257: "--seed 6 --dim 704 --hidden 64 --layers 1 --heads 32 --kv-heads 2 --vocab 16 --seq-len 257",
+}
 SMALL_CASES, BIG_CASES = CASES[:2], CASES[2:]
 SAID = "My name is Zelda.\nTell me a story about a fox.\nWhat is my name?\n"
 
@@ -57,9 +61,11 @@ class NumbersTest(GoldenTestCase):
                 self.assertRegex(line, pattern.format(table=table))
 
     def test_full_window(self):
-        """Every token has the oracle's bits until the window is full, over all chunks of the caches."""
-        self.assert_each_table_says("^{table}: a window of 600 tokens agrees with the oracle$",
-                                    "window", model_file(LONG))
+        """Every token has the oracle's bits until the window is full."""
+        for length, model in WINDOWS.items():
+            self.assert_each_table_says(
+                f"^{{table}}: a window of {length} tokens agrees with the oracle$",
+                "window", model_file(model))
 
     def test_kernels(self):
         """Each kernel of each table has the bits of the plain recipe, on many shapes."""
@@ -118,10 +124,11 @@ if (TOP / "parallel.c").exists():
         def test_full_window(self):
             """Every token has the oracle's bits until the window is full."""
             for threads in (2, 3):
-                with self.subTest(threads=threads):
-                    line, = probe_lines("window", model_file(LONG), engine="parallel",
-                                        environment={"THREADS": str(threads)})
-                    self.assertRegex(line, ": a window of 600 tokens agrees with the oracle$")
+                for length, model in WINDOWS.items():
+                    with self.subTest(threads=threads, length=length):
+                        line, = probe_lines("window", model_file(model), engine="parallel",
+                                            environment={"THREADS": str(threads)})
+                        self.assertRegex(line, f": a window of {length} tokens agrees with the oracle$")
 
         def test_golden_case_of_the_full_size(self):
             """It matches to the last bit on two threads."""
