@@ -135,24 +135,17 @@ typedef struct {
 // read from memory in the order of the addresses; heads that share it find it in the cache.
 #define TIME_BLOCK 32
 
-// Heads of the attention that are computed in one go.
-typedef struct {
-    int first, last; // first <= head < last
-    int sharing;     // so many heads share a kv_head: n_heads / n_kv_heads
-    int n_kv_heads, head_size;
-} Heads;
-
-// So many heads from `head` on share a kv_head: 1..most.
-static int heads_together(const Heads *heads, int head, int most) {
-    int end = head - head % heads->sharing + heads->sharing;
-    if (end > heads->last) end = heads->last;
-    return end - head < most ? end - head : most;
+// Where the block of a head and a time step begins in keys or values.
+static size_t block_of(const Config *c, int kv_head, int t) {
+    int number = t / TIME_BLOCK * c->n_kv_heads + kv_head;
+    return (size_t)number * (size_t)(c->head_size * TIME_BLOCK);
 }
 
-// Where the block of a head and a time step begins in keys or values.
-static size_t block_of(const Heads *heads, int head, int t) {
-    int number = t / TIME_BLOCK * heads->n_kv_heads + head / heads->sharing;
-    return (size_t)number * (size_t)(heads->head_size * TIME_BLOCK);
+// So many heads from `head` on, which is before `last`, share a kv_head: 1..most.
+static int heads_together(const Config *c, int head, int last, int most) {
+    int sharing = c->n_heads / c->n_kv_heads, end = head - head % sharing + sharing;
+    if (end > last) end = last;
+    return end - head < most ? end - head : most;
 }
 
 typedef struct {
@@ -173,16 +166,16 @@ typedef struct {
     void (*mat_mat_mul)(float *out, const QuantizedTensor *w, int first, int last,
                         const Activations *x, int n);
 
-    // out[head * stride + t] = q[head] . key[t] / sqrtf(head_size), sums in index order, for some
-    // heads, q[head][head_size], and t < times, of which the keys lie in blocks. Entries up to a
-    // multiple of TIME_BLOCK are overwritten.
-    void (*score)(float *out, size_t stride, const float *q, const Heads *heads, const float *keys,
-                  int times);
+    // out[head * stride + t] = q[head] . key[t] / sqrtf(head_size), sums in index order, for heads
+    // first <= head < last of q[n_heads][head_size] and t < times, of which the keys lie in blocks.
+    // Entries up to a multiple of TIME_BLOCK are overwritten.
+    void (*score)(float *out, size_t stride, const float *q, const Config *c, int first, int last,
+                  const float *keys, int times);
 
     // out[head][i] = out[head][i] + weight[head * stride + t] * value[t][i] for each t < times in
-    // order, i < head_size.
-    void (*mix)(float *out, const float *weight, size_t stride, const Heads *heads,
-                const float *values, int times);
+    // order, i < head_size, for the same heads.
+    void (*mix)(float *out, const float *weight, size_t stride, const Config *c, int first,
+                int last, const float *values, int times);
 
     // Softmax of rows of n >= 1 numbers, `stride` apart, in place: x - maximum, exp, the sum in
     // index order, each divided by the sum.
@@ -707,38 +700,37 @@ static void store_keys_and_values(const Pass *pass, int layer, Range rows) {
     for (int token = 0; token < pass->n; token++) {
         int time = pass->pos + token;
         Chunk chunk = chunk_of(s, c, layer, time);
-        size_t step = (size_t)time % CHUNK, lane = step % TIME_BLOCK;
-        size_t block = step / TIME_BLOCK * (size_t)c->kv_dim * TIME_BLOCK;
+        size_t lane = (size_t)time % TIME_BLOCK;
         const float *k = s->k + (size_t)token * (size_t)c->kv_dim;
         const float *v = s->v + (size_t)token * (size_t)c->kv_dim;
         for (int r = rows.first; r < rows.last; r++) {
-            size_t i = (size_t)r % head_size, of_head = ((size_t)r - i) * TIME_BLOCK;
-            chunk.keys[block + of_head + i * TIME_BLOCK + lane] = k[r];
-            chunk.values[block + of_head + lane * head_size + i] = v[r];
+            size_t i = (size_t)r % head_size, block = block_of(c, r / c->head_size, time % CHUNK);
+            chunk.keys[block + i * TIME_BLOCK + lane] = k[r];
+            chunk.values[block + lane * head_size + i] = v[r];
         }
     }
 }
 
 // Attention of a range of heads for one token: scores against all keys so far, softmax, the
 // weighted sum of the values.
-static void multi_head_attn(const Pass *pass, int layer, int token, Range range, float *att) {
+static void multi_head_attn(const Pass *pass, int layer, int token, Range heads, float *att) {
     const Config *c = &pass->transformer->config;
     const State *s = &pass->transformer->state;
     const Kernels *kernels = pass->transformer->kernels;
-    Heads heads = {range.first, range.last, c->n_heads / c->n_kv_heads, c->n_kv_heads,
-                   c->head_size};
     const float *q = s->q + (size_t)token * (size_t)c->dim;
     float *out = s->xb + (size_t)token * (size_t)c->dim;
-    int times = pass->pos + token + 1, count = range.last - range.first;
+    int times = pass->pos + token + 1, count = heads.last - heads.first;
     for (int t = 0; t < times; t += CHUNK) {
         int steps = times - t < CHUNK ? times - t : CHUNK;
-        kernels->score(att + t, s->times, q, &heads, chunk_of(s, c, layer, t).keys, steps);
+        kernels->score(att + t, s->times, q, c, heads.first, heads.last,
+                       chunk_of(s, c, layer, t).keys, steps);
     }
-    kernels->softmax(att + (size_t)range.first * s->times, s->times, count, times);
-    memset(out + range.first * c->head_size, 0, (size_t)(count * c->head_size) * sizeof(float));
+    kernels->softmax(att + (size_t)heads.first * s->times, s->times, count, times);
+    memset(out + heads.first * c->head_size, 0, (size_t)(count * c->head_size) * sizeof(float));
     for (int t = 0; t < times; t += CHUNK) {
         int steps = times - t < CHUNK ? times - t : CHUNK;
-        kernels->mix(out, att + t, s->times, &heads, chunk_of(s, c, layer, t).values, steps);
+        kernels->mix(out, att + t, s->times, c, heads.first, heads.last,
+                     chunk_of(s, c, layer, t).values, steps);
     }
 }
 
@@ -1637,17 +1629,17 @@ INLINE longs NAME(look_up)(longs i) {
 // x as doubles, kept within limits beyond which e^x as a float is infinite or 0 in any case. A NaN
 // stays one: of two operands that do not compare, min and max take the second.
 INLINE doubles NAME(widen)(half x) {
+    const float most = 89, least = -110;
 #if defined(ISA_AVX512)
-    __m256 most = _mm256_set1_ps(89), least = _mm256_set1_ps(-110);
-    return (doubles)_mm512_cvtps_pd(_mm256_max_ps(least, _mm256_min_ps(most, (__m256)x)));
+    __m256 limited = _mm256_min_ps(_mm256_set1_ps(most), (__m256)x);
+    return (doubles)_mm512_cvtps_pd(_mm256_max_ps(_mm256_set1_ps(least), limited));
 #elif defined(ISA_AVX2)
-    __m128 most = _mm_set1_ps(89), least = _mm_set1_ps(-110);
-    return (doubles)_mm256_cvtps_pd(_mm_max_ps(least, _mm_min_ps(most, (__m128)x)));
+    __m128 limited = _mm_min_ps(_mm_set1_ps(most), (__m128)x);
+    return (doubles)_mm256_cvtps_pd(_mm_max_ps(_mm_set1_ps(least), limited));
 #else
-    const doubles most = (doubles){0} + 89, least = (doubles){0} - 110;
     doubles wide = __builtin_convertvector(x, doubles);
-    wide = SELECT(doubles, longs, (longs)(wide > most), most, wide);
-    return SELECT(doubles, longs, (longs)(wide < least), least, wide);
+    wide = SELECT(doubles, longs, (longs)(wide > most), (doubles){0} + most, wide);
+    return SELECT(doubles, longs, (longs)(wide < least), (doubles){0} + least, wide);
 #endif
 }
 
@@ -1832,15 +1824,16 @@ INLINE void NAME(score_block)(float *out, size_t stride, const float *q, const i
             STORE(floats, out + (size_t)head * stride + v * LANES, sum[head][v] / root);
 }
 
-KERNEL void NAME(score)(float *out, size_t stride, const float *q, const Heads *heads,
-                        const float *keys, int times) {
+KERNEL void NAME(score)(float *out, size_t stride, const float *q, const Config *c, int first,
+                        int last, const float *keys, int times) {
     enum { TOGETHER = LANES / 4 };
-    int head_size = heads->head_size;
+    const int head_size = c->head_size, sharing = c->n_heads / c->n_kv_heads;
     for (int t = 0; t < times; t += TIME_BLOCK)
-        for (int head = heads->first, count; head < heads->last; head += count) {
+        for (int head = first, count; head < last; head += count) {
             float *to = out + (size_t)head * stride + t;
-            const float *of_head = q + head * head_size, *block = keys + block_of(heads, head, t);
-            count = heads_together(heads, head, TOGETHER);
+            const float *of_head = q + head * head_size;
+            const float *block = keys + block_of(c, head / sharing, t);
+            count = heads_together(c, head, last, TOGETHER);
             switch (count) {
             case 1: NAME(score_block)(to, stride, of_head, 1, head_size, block); break;
             case 2: NAME(score_block)(to, stride, of_head, 2, head_size, block); break;
@@ -1887,17 +1880,17 @@ INLINE void NAME(mix_block)(float *out, const float *weight, size_t stride, cons
         }
 }
 
-KERNEL void NAME(mix)(float *out, const float *weight, size_t stride, const Heads *heads,
-                      const float *values, int times) {
+KERNEL void NAME(mix)(float *out, const float *weight, size_t stride, const Config *c, int first,
+                      int last, const float *values, int times) {
     enum { TOGETHER = LANES == 16 ? 4 : 1 };
-    int head_size = heads->head_size;
+    const int head_size = c->head_size, sharing = c->n_heads / c->n_kv_heads;
     for (int t = 0; t < times; t += TIME_BLOCK)
-        for (int head = heads->first, count; head < heads->last; head += count) {
+        for (int head = first, count; head < last; head += count) {
             const float *of_head = weight + (size_t)head * stride + t;
-            const float *block = values + block_of(heads, head, t);
+            const float *block = values + block_of(c, head / sharing, t);
             float *to = out + head * head_size;
             int steps = times - t < TIME_BLOCK ? times - t : TIME_BLOCK;
-            count = heads_together(heads, head, TOGETHER);
+            count = heads_together(c, head, last, TOGETHER);
             switch (count) {
             case 1: NAME(mix_block)(to, of_head, stride, 1, head_size, block, steps); break;
             case 2: NAME(mix_block)(to, of_head, stride, 2, head_size, block, steps); break;

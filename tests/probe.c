@@ -191,7 +191,7 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
 static void check_attention(const Kernels *kernels, int sharing, int head_size, int times) {
     const int kv_heads = 2, piece = random_below(times / TIME_BLOCK + 1) * TIME_BLOCK;
     int first = random_below(2 * sharing), last = first + 1 + random_below(2 * sharing - first);
-    Heads heads = {first, last, sharing, kv_heads, head_size};
+    Config c = {.n_heads = 2 * sharing, .n_kv_heads = kv_heads, .head_size = head_size};
     size_t hs = (size_t)head_size, kv_dim = kv_heads * hs;
     size_t stride = ((size_t)times + TIME_BLOCK - 1) / TIME_BLOCK * TIME_BLOCK;
     float *q = random_floats(2 * (size_t)sharing * hs, -2, 2);
@@ -211,11 +211,11 @@ static void check_attention(const Kernels *kernels, int sharing, int head_size, 
             }
     float *later_keys = keys + (size_t)piece * kv_dim,
           *later_values = values + (size_t)piece * kv_dim;
-    kernels->score(att, stride, q, &heads, keys, piece);
-    kernels->score(att + piece, stride, q, &heads, later_keys, times - piece);
+    kernels->score(att, stride, q, &c, first, last, keys, piece);
+    kernels->score(att + piece, stride, q, &c, first, last, later_keys, times - piece);
     kernels->softmax(att + (size_t)first * stride, stride, last - first, times);
-    kernels->mix(out, att, stride, &heads, values, piece);
-    kernels->mix(out, att + piece, stride, &heads, later_values, times - piece);
+    kernels->mix(out, att, stride, &c, first, last, values, piece);
+    kernels->mix(out, att + piece, stride, &c, first, last, later_values, times - piece);
     for (size_t head = 0; head < 2 * (size_t)sharing; head++) {
         size_t of_kv_head = head / (size_t)sharing * hs;
         memset(expected, 0, hs * 4); // no other head is touched

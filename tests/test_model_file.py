@@ -78,7 +78,9 @@ class HostileFileTest(RefusalTestCase):
         self.assertEqual(len(lines), loaded.count(False), "one line for each that is refused")
         results = [(each, None if each else lines.pop(0)) for each in loaded]
         for path, (_, line) in zip(self.paths, results):
-            if line:
+            if line and "not enough memory" in line:  # of a window that is allowed, but vast
+                self.assertIn(str(path), line)
+            elif line:
                 self.assert_refusal(line, path)
         return results
 

@@ -123,7 +123,7 @@ class RefusalTest(PolicyTestCase):
                                 prepare=drop_privilege)
         for policy in ("OTHER", "BATCH", "IDLE"):
             self.assert_refused(("-s", policy, "-n", lower), f"SCHED_{policy}", "CAP_SYS_NICE",
-                                prepare=drop_privilege)
+                                f"the nice value {lower}", prepare=drop_privilege)
 
     def test_an_affinity_too_narrow_for_deadline_is_told(self):
         """EPERM in spite of the privilege: the message speaks of the affinity."""
@@ -141,13 +141,17 @@ class RefusalTest(PolicyTestCase):
                                 "runtime <= deadline <= period")
 
     def test_a_refused_default_is_no_reason_to_end(self):
-        """Without -s and -n the engine keeps a policy of main's that it may not leave."""
+        """Without -s and -n the engine keeps a policy of main's that it may not leave; nor is asking
+        for just that one refused."""
         def be_idle():
             drop_privilege()
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        session = self.run_to_end(MAIN, "-d", TINY, 42, said="Hello!\n", prepare=be_idle)
-        self.assertEqual(session.status, 0, session.errors)
-        self.assertEqual({line["policy"] for line in session.log_lines}, {"SCHED_IDLE"})
+        for options in ((), ("-s", "IDLE")):
+            with self.subTest(options):
+                session = self.run_to_end(MAIN, "-d", TINY, *options, 42, said="Hello!\n",
+                                          prepare=be_idle)
+                self.assertEqual(session.status, 0, session.errors)
+                self.assertEqual({line["policy"] for line in session.log_lines}, {"SCHED_IDLE"})
 
 
 if __name__ == "__main__":

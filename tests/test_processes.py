@@ -525,6 +525,7 @@ class UsageTest(SessionTestCase):
             session = self.run_to_end(program, *arguments)
             self.assertEqual((session.status, session.text), (2, ""))
             self.assertRegex(session.errors, r"(?im)^usage: .*" + program.name)
+            self.assertNotRegex(session.errors, r"(?i)\Ausage", "before it, what is wrong")
 
     def test_bad_arguments_of_main_get_its_usage(self):
         """Usage on stderr, exit status 2, and no engine is started."""
