@@ -130,23 +130,9 @@ typedef struct {
 // Each table is the same functions compiled for another instruction set; all give the same bits.
 // Which one to use is found out at run time, so that one plain build serves all machines.
 
-// Keys and values lie in blocks of TIME_BLOCK time steps, [time / TIME_BLOCK][kv_head], in such a
-// block keys as [head_size][TIME_BLOCK] and values as [TIME_BLOCK][head_size]. Block after block is
-// read from memory in the order of the addresses; heads that share it find it in the cache.
+// Keys lie in blocks of so many time steps, [time / TIME_BLOCK][head_size][TIME_BLOCK], so that
+// scores are vectors over time.
 #define TIME_BLOCK 32
-
-// Where the block of a head and a time step begins in keys or values.
-static size_t block_of(const Config *c, int kv_head, int t) {
-    int number = t / TIME_BLOCK * c->n_kv_heads + kv_head;
-    return (size_t)number * (size_t)(c->head_size * TIME_BLOCK);
-}
-
-// So many heads from `head` on, which is before `last`, share a kv_head: 1..most.
-static int heads_together(const Config *c, int head, int last, int most) {
-    int sharing = c->n_heads / c->n_kv_heads, end = head - head % sharing + sharing;
-    if (end > last) end = last;
-    return end - head < most ? end - head : most;
-}
 
 typedef struct {
     const char *name;
@@ -166,16 +152,16 @@ typedef struct {
     void (*mat_mat_mul)(float *out, const QuantizedTensor *w, int first, int last,
                         const Activations *x, int n);
 
-    // out[head * stride + t] = q[head] . key[t] / sqrtf(head_size), sums in index order, for heads
-    // first <= head < last of q[n_heads][head_size] and t < times, of which the keys lie in blocks.
-    // Entries up to a multiple of TIME_BLOCK are overwritten.
-    void (*score)(float *out, size_t stride, const float *q, const Config *c, int first, int last,
+    // out[head * stride + t] = q[head] . key[t] / sqrtf(head_size), sums in index order, for the
+    // `heads` of q[heads][head_size], which share the keys, and t < times. Entries up to a multiple
+    // of TIME_BLOCK are overwritten.
+    void (*score)(float *out, size_t stride, const float *q, int heads, int head_size,
                   const float *keys, int times);
 
     // out[head][i] = out[head][i] + weight[head * stride + t] * value[t][i] for each t < times in
-    // order, i < head_size, for the same heads.
-    void (*mix)(float *out, const float *weight, size_t stride, const Config *c, int first,
-                int last, const float *values, int times);
+    // order, i < head_size, for heads that share values[times][head_size].
+    void (*mix)(float *out, const float *weight, size_t stride, int heads, int head_size,
+                const float *values, int times);
 
     // Softmax of rows of n >= 1 numbers, `stride` apart, in place: x - maximum, exp, the sum in
     // index order, each divided by the sum.
@@ -415,19 +401,21 @@ static Activations take_activations(State *s, size_t tokens, int width) {
     return a;
 }
 
-#define CHUNK 128 // time steps
+#define CHUNK 256 // time steps
 
-// The keys and the values of a layer for CHUNK time steps, in blocks.
+// What the caches hold of one kv_head of a layer from a multiple of CHUNK on.
 typedef struct {
-    float *keys, *values;
+    float *keys;   // in blocks of TIME_BLOCK
+    float *values; // [CHUNK][head_size]
 } Chunk;
 
-// The chunk that holds a time step. The cache is [time / CHUNK][layer][keys, values]: what a short
-// chat uses is little and lies close together, and yet a layer is read in long runs.
-static Chunk chunk_of(const State *s, const Config *c, int layer, int time) {
+// The chunk that holds a time step. The cache is [time / CHUNK][layer][keys, values][kv_head]: what
+// a short chat uses is little and lies close together, and yet a worker reads its heads' share of a
+// layer in long runs; each new one costs as much as reading another 20 KB.
+static Chunk chunk_of(const State *s, const Config *c, int layer, int kv_head, int time) {
     size_t number = (size_t)(time / CHUNK) * (size_t)c->n_layers + (size_t)layer;
     size_t size = CHUNK * (size_t)c->kv_dim;
-    float *keys = s->cache + number * 2 * size;
+    float *keys = s->cache + number * 2 * size + (size_t)kv_head * CHUNK * (size_t)c->head_size;
     return (Chunk){keys, keys + size};
 }
 
@@ -695,20 +683,28 @@ static Activations activate(const Pass *pass, const float *x, const float *weigh
 // Moves a share of the new keys and values, rows [first, last) of kv_dim, into the caches.
 static void store_keys_and_values(const Pass *pass, int layer, Range rows) {
     const Config *c = &pass->transformer->config;
-    State *s = &pass->transformer->state;
-    size_t head_size = (size_t)c->head_size;
+    const State *s = &pass->transformer->state;
     for (int token = 0; token < pass->n; token++) {
-        int time = pass->pos + token;
-        Chunk chunk = chunk_of(s, c, layer, time);
-        size_t lane = (size_t)time % TIME_BLOCK;
+        int time = pass->pos + token, step = time % CHUNK;
         const float *k = s->k + (size_t)token * (size_t)c->kv_dim;
         const float *v = s->v + (size_t)token * (size_t)c->kv_dim;
-        for (int r = rows.first; r < rows.last; r++) {
-            size_t i = (size_t)r % head_size, block = block_of(c, r / c->head_size, time % CHUNK);
-            chunk.keys[block + i * TIME_BLOCK + lane] = k[r];
-            chunk.values[block + lane * head_size + i] = v[r];
+        for (int r = rows.first; r < rows.last;) {
+            int i = r % c->head_size; // rows of one head
+            Chunk chunk = chunk_of(s, c, layer, r / c->head_size, time);
+            float *key = chunk.keys + step / TIME_BLOCK * TIME_BLOCK * c->head_size;
+            float *value = chunk.values + step * c->head_size;
+            for (; i < c->head_size && r < rows.last; i++, r++) {
+                key[i * TIME_BLOCK + step % TIME_BLOCK] = k[r];
+                value[i] = v[r];
+            }
         }
     }
+}
+
+// So many heads from `head` on, which is before `last`, share a kv_head.
+static int heads_together(const Config *c, int head, int last) {
+    int sharing = c->n_heads / c->n_kv_heads, end = head - head % sharing + sharing;
+    return (end < last ? end : last) - head;
 }
 
 // Attention of a range of heads for one token: scores against all keys so far, softmax, the
@@ -719,19 +715,24 @@ static void multi_head_attn(const Pass *pass, int layer, int token, Range heads,
     const Kernels *kernels = pass->transformer->kernels;
     const float *q = s->q + (size_t)token * (size_t)c->dim;
     float *out = s->xb + (size_t)token * (size_t)c->dim;
-    int times = pass->pos + token + 1, count = heads.last - heads.first;
-    for (int t = 0; t < times; t += CHUNK) {
-        int steps = times - t < CHUNK ? times - t : CHUNK;
-        kernels->score(att + t, s->times, q, c, heads.first, heads.last,
-                       chunk_of(s, c, layer, t).keys, steps);
-    }
-    kernels->softmax(att + (size_t)heads.first * s->times, s->times, count, times);
-    memset(out + heads.first * c->head_size, 0, (size_t)(count * c->head_size) * sizeof(float));
-    for (int t = 0; t < times; t += CHUNK) {
-        int steps = times - t < CHUNK ? times - t : CHUNK;
-        kernels->mix(out, att + t, s->times, c, heads.first, heads.last,
-                     chunk_of(s, c, layer, t).values, steps);
-    }
+    int times = pass->pos + token + 1, sharing = c->n_heads / c->n_kv_heads;
+    for (int t = 0; t < times; t += CHUNK)
+        for (int head = heads.first, count; head < heads.last; head += count) {
+            Chunk chunk = chunk_of(s, c, layer, head / sharing, t);
+            count = heads_together(c, head, heads.last);
+            kernels->score(att + (size_t)head * s->times + t, s->times, q + head * c->head_size,
+                           count, c->head_size, chunk.keys, times - t < CHUNK ? times - t : CHUNK);
+        }
+    int all = heads.last - heads.first;
+    kernels->softmax(att + (size_t)heads.first * s->times, s->times, all, times);
+    memset(out + heads.first * c->head_size, 0, (size_t)(all * c->head_size) * sizeof(float));
+    for (int t = 0; t < times; t += CHUNK)
+        for (int head = heads.first, count; head < heads.last; head += count) {
+            Chunk chunk = chunk_of(s, c, layer, head / sharing, t);
+            count = heads_together(c, head, heads.last);
+            kernels->mix(out + head * c->head_size, att + (size_t)head * s->times + t, s->times,
+                         count, c->head_size, chunk.values, times - t < CHUNK ? times - t : CHUNK);
+        }
 }
 
 // Unmaps the pages of the file that hold these bytes; who reads them again gets them again.
@@ -1802,6 +1803,19 @@ KERNEL void NAME(quantize)(Activations *out, int token, const float *x) {
 #endif
 }
 
+// A vector times a number in memory. AVX-512 spreads the number over the lanes for nothing if that
+// is a part of the multiplication; as an instruction of its own, which compilers prefer when they
+// need the number twice, it takes the time of an addition.
+INLINE floats NAME(times_number)(floats v, const float *number) {
+#if defined(ISA_AVX512)
+    floats product;
+    __asm__("vmulps %2%{1to16%}, %1, %0" : "=v"(product) : "v"(v), "m"(*number));
+    return product;
+#else
+    return v * *number;
+#endif
+}
+
 // Heads that share keys and values go together, as many as have room for their sums in registers.
 #define MAX_TOGETHER 4
 
@@ -1815,30 +1829,27 @@ INLINE void NAME(score_block)(float *out, size_t stride, const float *q, const i
         for (int v = 0; v < VECTORS; v++) sum[head][v] = (floats){0};
     for (int i = 0; i < head_size; i++, keys += TIME_BLOCK)
         for (int v = 0; v < VECTORS; v++) {
-            floats k = LOAD(floats, keys + v * LANES);
+            floats k = LOAD(volatile floats, keys + v * LANES); // once for all heads
             for (int head = 0; head < heads; head++)
-                sum[head][v] = sum[head][v] + q[head * head_size + i] * k;
+                sum[head][v] = sum[head][v] + NAME(times_number)(k, &q[head * head_size + i]);
         }
     for (int head = 0; head < heads; head++)
         for (int v = 0; v < VECTORS; v++)
             STORE(floats, out + (size_t)head * stride + v * LANES, sum[head][v] / root);
 }
 
-KERNEL void NAME(score)(float *out, size_t stride, const float *q, const Config *c, int first,
-                        int last, const float *keys, int times) {
+KERNEL void NAME(score)(float *out, size_t stride, const float *q, int heads, int head_size,
+                        const float *keys, int times) {
     enum { TOGETHER = LANES / 4 };
-    const int head_size = c->head_size, sharing = c->n_heads / c->n_kv_heads;
-    for (int t = 0; t < times; t += TIME_BLOCK)
-        for (int head = first, count; head < last; head += count) {
+    for (int t = 0; t < times; t += TIME_BLOCK, keys += TIME_BLOCK * head_size)
+        for (int head = 0; head < heads; head += TOGETHER) {
             float *to = out + (size_t)head * stride + t;
             const float *of_head = q + head * head_size;
-            const float *block = keys + block_of(c, head / sharing, t);
-            count = heads_together(c, head, last, TOGETHER);
-            switch (count) {
-            case 1: NAME(score_block)(to, stride, of_head, 1, head_size, block); break;
-            case 2: NAME(score_block)(to, stride, of_head, 2, head_size, block); break;
-            case 3: NAME(score_block)(to, stride, of_head, 3, head_size, block); break;
-            case 4: NAME(score_block)(to, stride, of_head, 4, head_size, block); break;
+            switch (heads - head < TOGETHER ? heads - head : TOGETHER) {
+            case 1: NAME(score_block)(to, stride, of_head, 1, head_size, keys); break;
+            case 2: NAME(score_block)(to, stride, of_head, 2, head_size, keys); break;
+            case 3: NAME(score_block)(to, stride, of_head, 3, head_size, keys); break;
+            case 4: NAME(score_block)(to, stride, of_head, 4, head_size, keys); break;
             }
         }
 }
@@ -1857,7 +1868,9 @@ INLINE void NAME(mix_vectors)(float *out, const float *weight, size_t stride, co
         for (int v = 0; v < vectors; v++) {
             floats value = LOAD(floats, values + v * LANES);
             for (int head = 0; head < heads; head++)
-                sum[head][v] = sum[head][v] + weight[(size_t)head * stride + (size_t)t] * value;
+                sum[head][v] =
+                    sum[head][v] +
+                    NAME(times_number)(value, &weight[(size_t)head * stride + (size_t)t]);
         }
     for (int head = 0; head < heads; head++)
         for (int v = 0; v < vectors; v++)
@@ -1880,22 +1893,19 @@ INLINE void NAME(mix_block)(float *out, const float *weight, size_t stride, cons
         }
 }
 
-KERNEL void NAME(mix)(float *out, const float *weight, size_t stride, const Config *c, int first,
-                      int last, const float *values, int times) {
+KERNEL void NAME(mix)(float *out, const float *weight, size_t stride, int heads, int head_size,
+                      const float *values, int times) {
     enum { TOGETHER = LANES == 16 ? 4 : 1 };
-    const int head_size = c->head_size, sharing = c->n_heads / c->n_kv_heads;
-    for (int t = 0; t < times; t += TIME_BLOCK)
-        for (int head = first, count; head < last; head += count) {
-            const float *of_head = weight + (size_t)head * stride + t;
-            const float *block = values + block_of(c, head / sharing, t);
+    for (int t = 0; t < times; t += TIME_BLOCK, values += TIME_BLOCK * head_size)
+        for (int head = 0; head < heads; head += TOGETHER) {
             float *to = out + head * head_size;
+            const float *of_head = weight + (size_t)head * stride + t;
             int steps = times - t < TIME_BLOCK ? times - t : TIME_BLOCK;
-            count = heads_together(c, head, last, TOGETHER);
-            switch (count) {
-            case 1: NAME(mix_block)(to, of_head, stride, 1, head_size, block, steps); break;
-            case 2: NAME(mix_block)(to, of_head, stride, 2, head_size, block, steps); break;
-            case 3: NAME(mix_block)(to, of_head, stride, 3, head_size, block, steps); break;
-            case 4: NAME(mix_block)(to, of_head, stride, 4, head_size, block, steps); break;
+            switch (heads - head < TOGETHER ? heads - head : TOGETHER) {
+            case 1: NAME(mix_block)(to, of_head, stride, 1, head_size, values, steps); break;
+            case 2: NAME(mix_block)(to, of_head, stride, 2, head_size, values, steps); break;
+            case 3: NAME(mix_block)(to, of_head, stride, 3, head_size, values, steps); break;
+            case 4: NAME(mix_block)(to, of_head, stride, 4, head_size, values, steps); break;
             }
         }
 }

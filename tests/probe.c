@@ -186,48 +186,35 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
         free(a.odd), free(a.s), free(a.sum), free(out), free(expected), free(xq), free(xs);
 }
 
-// Heads [first, last) of 2 * sharing, which see `times` time steps in two pieces, as from two
-// chunks.
-static void check_attention(const Kernels *kernels, int sharing, int head_size, int times) {
-    const int kv_heads = 2, piece = random_below(times / TIME_BLOCK + 1) * TIME_BLOCK;
-    int first = random_below(2 * sharing), last = first + 1 + random_below(2 * sharing - first);
-    Config c = {.n_heads = 2 * sharing, .n_kv_heads = kv_heads, .head_size = head_size};
-    size_t hs = (size_t)head_size, kv_dim = kv_heads * hs;
+// `heads` heads that share keys and values of `times` time steps, which come in two pieces, as from
+// two chunks.
+static void check_attention(const Kernels *kernels, int heads, int head_size, int times) {
+    const int piece = random_below(times / TIME_BLOCK + 1) * TIME_BLOCK;
+    size_t hs = (size_t)head_size;
     size_t stride = ((size_t)times + TIME_BLOCK - 1) / TIME_BLOCK * TIME_BLOCK;
-    float *q = random_floats(2 * (size_t)sharing * hs, -2, 2);
-    float *k = random_floats((size_t)times * kv_dim, -2, 2);
-    float *v = random_floats((size_t)times * kv_dim, -2, 2);
-    float *keys = random_floats(stride * kv_dim, -2, 2),
-          *values = random_floats(stride * kv_dim, -2, 2);
-    float *att = random_floats(2 * (size_t)sharing * stride, 0, 1);
-    float *out = oracle_alloc(2 * (size_t)sharing * hs, 4);
+    float *q = random_floats((size_t)heads * hs, -2, 2);
+    float *k = random_floats((size_t)times * hs, -2, 2);
+    float *values = random_floats((size_t)times * hs, -2, 2);
+    float *keys = random_floats(stride * hs, -2, 2);
+    float *att = random_floats((size_t)heads * stride, 0, 1);
+    float *out = oracle_alloc((size_t)heads * hs, 4);
     float *expected = oracle_alloc(hs, 4), *weights = oracle_alloc((size_t)times, 4);
     for (size_t t = 0; t < (size_t)times; t++)
-        for (size_t head = 0; head < kv_heads; head++)
-            for (size_t i = 0; i < hs; i++) {
-                size_t block = (t / TIME_BLOCK * kv_heads + head) * hs * TIME_BLOCK;
-                keys[block + i * TIME_BLOCK + t % TIME_BLOCK] = k[t * kv_dim + head * hs + i];
-                values[block + t % TIME_BLOCK * hs + i] = v[t * kv_dim + head * hs + i];
-            }
-    float *later_keys = keys + (size_t)piece * kv_dim,
-          *later_values = values + (size_t)piece * kv_dim;
-    kernels->score(att, stride, q, &c, first, last, keys, piece);
-    kernels->score(att + piece, stride, q, &c, first, last, later_keys, times - piece);
-    kernels->softmax(att + (size_t)first * stride, stride, last - first, times);
-    kernels->mix(out, att, stride, &c, first, last, values, piece);
-    kernels->mix(out, att + piece, stride, &c, first, last, later_values, times - piece);
-    for (size_t head = 0; head < 2 * (size_t)sharing; head++) {
-        size_t of_kv_head = head / (size_t)sharing * hs;
-        memset(expected, 0, hs * 4); // no other head is touched
-        if (head >= (size_t)first && head < (size_t)last) {
-            oracle_attention(expected, q + head * hs, k + of_kv_head, kv_dim, v + of_kv_head,
-                             kv_dim, times, head_size, weights);
-            expect_same("score and softmax", att + head * stride, weights, (size_t)times * 4);
-        }
+        for (size_t i = 0; i < hs; i++)
+            keys[t / TIME_BLOCK * TIME_BLOCK * hs + i * TIME_BLOCK + t % TIME_BLOCK] =
+                k[t * hs + i];
+    float *later_keys = keys + (size_t)piece * hs, *later_values = values + (size_t)piece * hs;
+    kernels->score(att, stride, q, heads, head_size, keys, piece);
+    kernels->score(att + piece, stride, q, heads, head_size, later_keys, times - piece);
+    kernels->softmax(att, stride, heads, times);
+    kernels->mix(out, att, stride, heads, head_size, values, piece);
+    kernels->mix(out, att + piece, stride, heads, head_size, later_values, times - piece);
+    for (size_t head = 0; head < (size_t)heads; head++) {
+        oracle_attention(expected, q + head * hs, k, hs, values, hs, times, head_size, weights);
+        expect_same("score and softmax", att + head * stride, weights, (size_t)times * 4);
         expect_same("mix", out + head * hs, expected, hs * 4);
     }
-    free(q), free(k), free(v), free(keys), free(values), free(att), free(out), free(expected),
-        free(weights);
+    free(q), free(k), free(values), free(keys), free(att), free(out), free(expected), free(weights);
 }
 
 // round half away from zero, for all t = x / scale that a group with the scale 1 can hold
