@@ -81,22 +81,13 @@ typedef struct {
 
 typedef struct {
     int rows, cols;
-    const int8_t *q;  // [rows][cols]
-    const float *s;   // [rows][cols / GROUP]
-    Panel *panels[2]; // the same for the kernels, see panel_at()
+    const int8_t *q; // [rows][cols]
+    const float *s;  // [rows][cols / GROUP]
+    Panel **panels;  // the same for the kernels: [count_panel_rows()], of [cols / GROUP] each
 } QuantizedTensor;
 
-// The panels [cols / GROUP] of PANEL_ROWS rows from `row` on. Every other one lies in a second run
-// of memory: two streams side by side are read some 5% faster than one.
-static Panel *panel_at(const QuantizedTensor *w, int row) {
-    int i = row / PANEL_ROWS;
-    return w->panels[i % 2] + (size_t)(i / 2) * (size_t)(w->cols / GROUP);
-}
-
-// How many panels a matrix has in the first (0) or the second (1) run of memory.
-static size_t count_panels(const QuantizedTensor *w, int run) {
-    int all = (w->rows + PANEL_ROWS - 1) / PANEL_ROWS;
-    return (size_t)((all + 1 - run) / 2) * (size_t)(w->cols / GROUP);
+static size_t count_panel_rows(const QuantizedTensor *w) {
+    return ((size_t)w->rows + PANEL_ROWS - 1) / PANEL_ROWS;
 }
 
 typedef struct {
@@ -263,7 +254,7 @@ typedef struct {
     const Kernels *kernels;
     char *file; // model.bin, mapped
     size_t file_size;
-    Panel *panels;      // of all matrices: the first runs, then the second ones
+    Panel *panels;      // of all matrices, and behind them the addresses that the matrices have
     size_t panels_size; // bytes
     bool packed;        // the panels hold the weights
 } Transformer;
@@ -486,22 +477,23 @@ static QuantizedTensor *matrix_number(Transformer *t, int i) {
 // Gets the memory for the panels, in huge pages: at the end of each page the processor's
 // prefetching stops. Nothing of it is there before pack_rows() writes it.
 static int build_panels(Transformer *t, const char *path) {
-    size_t count = 0;
+    size_t panels = 0, panel_rows = 0;
     QuantizedTensor *w;
-    for (int i = 0; (w = matrix_number(t, i)); i++)
-        count += count_panels(w, 0) + count_panels(w, 1);
-    t->panels_size = count * sizeof(Panel);
+    for (int i = 0; (w = matrix_number(t, i)); i++) {
+        panels += count_panel_rows(w) * (size_t)(w->cols / GROUP);
+        panel_rows += count_panel_rows(w);
+    }
+    t->panels_size = panels * sizeof(Panel) + panel_rows * sizeof(Panel *);
     void *memory = mmap(NULL, t->panels_size, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) return lack_memory(path, "its weights", t->panels_size);
     t->panels = memory;
     madvise(memory, t->panels_size, MADV_HUGEPAGE); // advice: without huge pages it works, too
-    Panel *next = t->panels;
-    for (int run = 0; run < 2; run++)
-        for (int i = 0; (w = matrix_number(t, i)); i++) {
-            w->panels[run] = next;
-            next += count_panels(w, run);
-        }
+    Panel **addresses = (Panel **)(t->panels + panels);
+    for (int i = 0; (w = matrix_number(t, i)); i++) {
+        w->panels = addresses;
+        addresses += count_panel_rows(w);
+    }
     return 0;
 }
 
@@ -510,7 +502,7 @@ static int build_panels(Transformer *t, const char *path) {
 static void pack_rows(QuantizedTensor *w, int first, int last) {
     size_t groups = (size_t)w->cols / GROUP;
     for (int start = first; start < last; start += PANEL_ROWS) {
-        Panel *panel = panel_at(w, start);
+        Panel *panel = w->panels[start / PANEL_ROWS];
         int rows = last - start < PANEL_ROWS ? last - start : PANEL_ROWS;
         // The rows are taken side by side, but before that fetched in the order of their addresses,
         // which the processor's prefetching follows: twice as fast.
@@ -741,19 +733,33 @@ static void let_go(const void *bytes, size_t size) {
     madvise((void *)start, (uintptr_t)bytes + size - start, MADV_DONTNEED);
 }
 
-// A worker's share of putting the weights into panels: rows of the large matrices at the end, which
-// come first, and whole layers. It lets go of the file's pages matrix by matrix, so that hardly any
-// weights are in the process's memory twice.
+// Gives the worker's panels their places. The rows of each worker lie together, in the order of a
+// pass, so that it reads on and on: to begin somewhere else costs as much as 20 KB. Every other
+// panel lies in a second run of memory: two streams side by side are read some 5% faster than one.
+static void place_panels(Transformer *t, int worker, int workers) {
+    Panel *next = t->panels;
+    QuantizedTensor *w;
+    for (int owner = 0; owner <= worker; owner++)
+        for (int run = 0; run < 2; run++)
+            for (int i = 0; (w = matrix_number(t, i)); i++) {
+                Range rows = share(w->rows, PANEL_ROWS, owner, workers);
+                int row = rows.first + run * PANEL_ROWS;
+                for (; row < rows.last; row += 2 * PANEL_ROWS, next += w->cols / GROUP)
+                    if (owner == worker) w->panels[row / PANEL_ROWS] = next;
+            }
+}
+
+// A worker's share of putting the weights into panels: the rows that it will read. It lets go of
+// the file's pages matrix by matrix, the largest one at the end of the list first, so that hardly
+// any weights are in the process's memory twice.
 static void pack_share(const Pass *pass, int worker, int workers) {
     Transformer *t = pass->transformer;
+    place_panels(t, worker, workers);
     int count = 0;
     while (matrix_number(t, count)) count++;
     for (int i = count - 1; i >= 0; i--) {
         QuantizedTensor *w = matrix_number(t, i);
-        int layer = i / LAYER_MATRICES;
-        if (layer < t->config.n_layers && layer % workers != worker) continue;
-        Range rows = {0, w->rows};
-        if (layer == t->config.n_layers) rows = share(w->rows, PANEL_ROWS, worker, workers);
+        Range rows = share(w->rows, PANEL_ROWS, worker, workers);
         pack_rows(w, rows.first, rows.last);
         size_t first = (size_t)rows.first * (size_t)w->cols;
         size_t size = (size_t)rows.last * (size_t)w->cols - first;
@@ -764,7 +770,7 @@ static void pack_share(const Pass *pass, int worker, int workers) {
 
 // A row of the embedding as floats.
 static void embed(float *x, const QuantizedTensor *w, int row) {
-    const Panel *panel = panel_at(w, row);
+    const Panel *panel = w->panels[row / PANEL_ROWS];
     int lane = row % PANEL_ROWS;
     for (int i = 0; i < w->cols; i++) {
         const Panel *group = &panel[i / GROUP];
@@ -1955,7 +1961,7 @@ INLINE void NAME(multiply_tile)(float *out, const QuantizedTensor *w, int row, c
                                 const Activations *x, int token, const int tokens) {
     enum { OF_PANEL = PANEL_ROWS / LANES, VECTORS = 2 * OF_PANEL };
     const int vectors = panels * OF_PANEL, groups = w->cols / GROUP;
-    const Panel *panel[] = {panel_at(w, row), panel_at(w, row + (panels - 1) * PANEL_ROWS)};
+    Panel *const *panel = &w->panels[row / PANEL_ROWS];
     floats sum[TILE_TOKENS][VECTORS];
     for (int t = 0; t < tokens; t++)
         for (int v = 0; v < vectors; v++) sum[t][v] = (floats){0};
@@ -1993,7 +1999,7 @@ INLINE void NAME(multiply_tile)(float *out, const QuantizedTensor *w, int row, c
     }
 }
 
-// Panels of the two runs of memory in turn: two streams.
+// Two rows of panels at a time, which lie in two runs of memory: two streams.
 KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, int first, int last,
                               const Activations *x) {
     int row = first;

@@ -22,6 +22,7 @@ from models import BUILD, model_file
 TESTS = Path(__file__).resolve().parent
 TOP = TESTS.parent
 POSITIONS, PROMPTS, THREADS = (100, 1000, 2000), (16, 128, 512), (1, 2, 4, 8, 16)
+HEAD = [*(f"decoding near {p}, of limit" for p in POSITIONS), *(f"prompt of {p}" for p in PROMPTS)]
 VOCAB_SIZE = 49152
 
 
@@ -111,16 +112,18 @@ def decoding(bandwidth, seconds, size):
     return f"{spread([1 / s for s in seconds])}, {percent:.0f}%"
 
 
+def decoding_and_prompts(columns):
+    """The cells below HEAD."""
+    near = [decoding(*columns[3 * i:3 * i + 3]) for i in range(len(POSITIONS))]
+    return near + [spread(rate) for rate in columns[3 * len(POSITIONS):][:len(PROMPTS)]]
+
+
 def single_thread(runs, model, folder):
     rows = []
     bench = build("bench", "-O3")
     for kernels in figures_of_tables(bench):
         columns = figures(bench, model, runs, KERNELS=kernels)
-        row = [kernels, spread([b / 1e9 for b in columns[0]], "{:.1f}")]
-        for i in range(len(POSITIONS)):
-            row.append(decoding(*columns[3 * i:3 * i + 3]))
-        for rate in columns[3 * len(POSITIONS):][:len(PROMPTS)]:
-            row.append(spread(rate))
+        row = [kernels, spread([b / 1e9 for b in columns[0]], "{:.1f}"), *decoding_and_prompts(columns)]
         ready, first, peak = zip(*(start_up(folder, KERNELS=kernels) for _ in range(runs)))
         row += [spread([1000 * t for t in ready], "{:.1f}"), spread([1000 * t for t in first], "{:.1f}"),
                 f"{statistics.median(peak):.0f}"]
@@ -128,9 +131,7 @@ def single_thread(runs, model, folder):
     plain = figures(bench, "--plain", model, runs)[0]
     rows.append(["plain loops", "", spread([1 / s for s in plain], "{:.1f}")] + [""] * 8)
     print("One thread. Decoding and prompts in tokens per second, median (least-most).\n")
-    print_table(["kernels", "read GB/s", *(f"decoding near {p}, of limit" for p in POSITIONS),
-                 *(f"prompt of {p}" for p in PROMPTS), "ready, ms", "first token, ms",
-                 "memory, MB"], rows)
+    print_table(["kernels", "read GB/s", *HEAD, "ready, ms", "first token, ms", "memory, MB"], rows)
 
 
 def figures_of_tables(bench):
@@ -147,11 +148,10 @@ def thread_counts(runs, model):
         columns = figures(bench, model, runs, THREADS=str(threads))
         user, system = columns[-2:]
         rows.append([str(threads), spread([b / 1e9 for b in columns[0]], "{:.1f}"),
-                     decoding(*columns[:3]), *map(spread, columns[3 * len(POSITIONS):][:len(PROMPTS)]),
+                     *decoding_and_prompts(columns),
                      f"{statistics.median(user):.3f}", f"{statistics.median(system):.3f}"])
-    print(f"Threads, on {os.cpu_count()} CPUs. User and system seconds are those of 28 tokens.\n")
-    print_table(["threads", "read GB/s", "decoding near 100, of limit",
-                 *(f"prompt of {p}" for p in PROMPTS), "user, s", "system, s"], rows)
+    print(f"Threads, on {os.cpu_count()} CPUs. User and system seconds are those of 28 tokens near 100.\n")
+    print_table(["threads", "read GB/s", *HEAD, "user, s", "system, s"], rows)
 
 
 def main():

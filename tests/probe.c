@@ -154,8 +154,9 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
     if (random_below(2)) memset(x, 0, GROUP * sizeof(float)); // a group whose scale is 0
     if (random_below(2)) x[cols - 1] = 1e4f;                  // and one with an outlier
     QuantizedTensor w = {.rows = rows, .cols = cols, .q = q, .s = s};
-    for (int run = 0; run < 2; run++)
-        w.panels[run] = oracle_alloc(count_panels(&w, run) + 1, sizeof(Panel)); // never of 0 bytes
+    w.panels = oracle_alloc(count_panel_rows(&w), sizeof(Panel *));
+    for (size_t i = 0; i < count_panel_rows(&w); i++)
+        w.panels[i] = oracle_alloc(groups, sizeof(Panel));
     pack_rows(&w, 0, rows);
     Activations a = {.width = cols,
                      .q = oracle_alloc(tokens * (size_t)cols, 1),
@@ -182,8 +183,9 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
     else kernels->mat_mat_mul(out, &w, first, last, &a, n);
     expect_same(n == 1 ? "mat_vec_mul" : "mat_mat_mul", out, expected,
                 tokens * (size_t)rows * sizeof(float));
-    free(q), free(s), free(w.panels[0]), free(w.panels[1]), free(x), free(a.q), free(a.even),
-        free(a.odd), free(a.s), free(a.sum), free(out), free(expected), free(xq), free(xs);
+    for (size_t i = 0; i < count_panel_rows(&w); i++) free(w.panels[i]);
+    free(q), free(s), free(w.panels), free(x), free(a.q), free(a.even), free(a.odd), free(a.s),
+        free(a.sum), free(out), free(expected), free(xq), free(xs);
 }
 
 // `heads` heads that share keys and values of `times` time steps, which come in two pieces, as from
