@@ -24,11 +24,13 @@
 // ------------------------------------------------------------------------------------------------
 // The pool
 //
-// One group of threads for everything. The calling thread hands out a pass and sleeps; the threads,
-// but no more than there are CPUs, take a place in it, walk through it together, and meet a handful
-// of times per layer. Threads that get no place sleep on. With more threads than CPUs they so take
-// turns from pass to pass (as the mutex and the kernel happen to wake them), instead of pushing
-// each other off the CPUs.
+// One group of threads for everything. The calling thread hands out a pass and sleeps; as many
+// threads as there are CPUs take part in it, walk through it together, and meet a handful of times
+// per layer. If there are more threads, they take turns instead of pushing each other off the CPUs;
+// a turn is some passes long, as the scheduler needs a while to give each a CPU of its own.
+
+#define TURN 4 // passes
+#define NOTHING (-1)
 
 static struct {
     pthread_t threads[MAX_THREADS];
@@ -36,14 +38,15 @@ static struct {
     int size;                         // threads of the pool
     int places;                       // threads that take part in a pass: no more than CPUs
 
-    pthread_mutex_t lock;      // guards all that follows
-    pthread_cond_t pass_given; // the threads wait here for work,
-    pthread_cond_t all_met;    // here for each other,
-    pthread_cond_t pass_done;  // and the caller here for them
-    const Pass *pass;          // what is being computed, or NULL
-    int free_places;           // in that pass, not taken yet
-    int arrived;               // threads that wait in meet()
-    atomic_uint meetings;      // how many there have been; also looked at without the lock
+    pthread_mutex_t lock;              // guards all that follows
+    pthread_cond_t given[MAX_THREADS]; // each thread waits here for work,
+    pthread_cond_t all_met;            // here for the others,
+    pthread_cond_t pass_done;          // and the caller here for them
+    const Pass *pass;                  // what is being computed, or NULL
+    unsigned passes;                   // how many there have been
+    int worker[MAX_THREADS];           // what a thread has to be in the pass, or NOTHING
+    int arrived;                       // threads that wait in meet()
+    atomic_uint meetings;              // how many there have been; also looked at without the lock
     bool closing;
 } pool;
 
@@ -75,16 +78,17 @@ static void meet(int workers) {
     pthread_mutex_unlock(&pool.lock);
 }
 
-// A thread of the pool: take a place in a pass, do its share, and again.
+// A thread of the pool: wait for a share of a pass, do it, and again.
 static void *thr_func(void *argument) {
-    struct rusage *usage = argument;
+    int thread = (int)(intptr_t)argument;
     pthread_mutex_lock(&pool.lock);
     for (;;) {
-        while (pool.free_places == 0 && !pool.closing)
-            pthread_cond_wait(&pool.pass_given, &pool.lock);
+        while (pool.worker[thread] == NOTHING && !pool.closing)
+            pthread_cond_wait(&pool.given[thread], &pool.lock);
         if (pool.closing) break;
         const Pass *pass = pool.pass;
-        int worker = --pool.free_places, workers = pool.places;
+        int worker = pool.worker[thread], workers = pool.places;
+        pool.worker[thread] = NOTHING;
         pthread_mutex_unlock(&pool.lock);
         pass->work(pass, worker, workers);
         meet(workers);
@@ -95,15 +99,19 @@ static void *thr_func(void *argument) {
         }
     }
     pthread_mutex_unlock(&pool.lock);
-    getrusage(RUSAGE_THREAD, usage);
+    getrusage(RUSAGE_THREAD, &pool.usage[thread]);
     return NULL;
 }
 
 static void run_pass(const Pass *pass) {
     pthread_mutex_lock(&pool.lock);
     pool.pass = pass;
-    pool.free_places = pool.places;
-    for (int i = 0; i < pool.places; i++) pthread_cond_signal(&pool.pass_given);
+    int turn = (int)(pool.passes++ / TURN % (unsigned)pool.size);
+    for (int worker = 0; worker < pool.places; worker++) {
+        int thread = (turn * pool.places + worker) % pool.size;
+        pool.worker[thread] = worker;
+        pthread_cond_signal(&pool.given[thread]);
+    }
     while (pool.pass != NULL) pthread_cond_wait(&pool.pass_done, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
 }
@@ -112,11 +120,11 @@ static void run_pass(const Pass *pass) {
 static void close_thr_pool(void) {
     pthread_mutex_lock(&pool.lock);
     pool.closing = true;
-    pthread_cond_broadcast(&pool.pass_given);
+    for (int i = 0; i < pool.size; i++) pthread_cond_signal(&pool.given[i]);
     pthread_mutex_unlock(&pool.lock);
     for (int i = 0; i < pool.size; i++) pthread_join(pool.threads[i], NULL);
+    for (int i = 0; i < MAX_THREADS; i++) pthread_cond_destroy(&pool.given[i]);
     pthread_mutex_destroy(&pool.lock);
-    pthread_cond_destroy(&pool.pass_given);
     pthread_cond_destroy(&pool.all_met);
     pthread_cond_destroy(&pool.pass_done);
 }
@@ -135,12 +143,15 @@ static int init_thr_pool(int threads) {
     pthread_mutexattr_settype(&adaptive, PTHREAD_MUTEX_ADAPTIVE_NP);
     pthread_mutex_init(&pool.lock, &adaptive);
     pthread_mutexattr_destroy(&adaptive);
-    pthread_cond_init(&pool.pass_given, NULL);
+    for (int i = 0; i < MAX_THREADS; i++) {
+        pthread_cond_init(&pool.given[i], NULL);
+        pool.worker[i] = NOTHING;
+    }
     pthread_cond_init(&pool.all_met, NULL);
     pthread_cond_init(&pool.pass_done, NULL);
     for (; pool.size < threads; pool.size++) {
         int error =
-            pthread_create(&pool.threads[pool.size], NULL, thr_func, &pool.usage[pool.size]);
+            pthread_create(&pool.threads[pool.size], NULL, thr_func, (void *)(intptr_t)pool.size);
         if (error == 0) continue;
         complain("Thread %d of %d cannot be created: %s.", pool.size + 1, threads, strerror(error));
         close_thr_pool();
