@@ -121,8 +121,8 @@ typedef struct {
 // Each table is the same functions compiled for another instruction set; all give the same bits.
 // Which one to use is found out at run time, so that one plain build serves all machines.
 
-// Keys lie in blocks of so many time steps, [time / TIME_BLOCK][head_size][TIME_BLOCK], so that
-// scores are vectors over time.
+// The keys of a kv_head lie in blocks of so many time steps, [time / TIME_BLOCK][head_size]
+// [TIME_BLOCK], so that scores are vectors over time. Its values are [time][head_size].
 #define TIME_BLOCK 32
 
 typedef struct {
@@ -150,7 +150,7 @@ typedef struct {
                   const float *keys, int times);
 
     // out[head][i] = out[head][i] + weight[head * stride + t] * value[t][i] for each t < times in
-    // order, i < head_size, for heads that share values[times][head_size].
+    // order, i < head_size, for the `heads` of out[heads][head_size], which share the values.
     void (*mix)(float *out, const float *weight, size_t stride, int heads, int head_size,
                 const float *values, int times);
 
@@ -400,9 +400,10 @@ typedef struct {
     float *values; // [CHUNK][head_size]
 } Chunk;
 
-// The chunk that holds a time step. The cache is [time / CHUNK][layer][keys, values][kv_head]: what
-// a short chat uses is little and lies close together, and yet a worker reads its heads' share of a
-// layer in long runs; each new one costs as much as reading another 20 KB.
+// The chunk that holds a time step. The cache is [time / CHUNK][layer][keys, values][kv_head]: a
+// short chat uses one chunk of each layer, which lie together, and yet a worker reads what its
+// heads need of a layer in long runs. To begin a new run costs as much as reading on for 20 KB;
+// longer chunks would mean fewer, but take more memory at once.
 static Chunk chunk_of(const State *s, const Config *c, int layer, int kv_head, int time) {
     size_t number = (size_t)(time / CHUNK) * (size_t)c->n_layers + (size_t)layer;
     size_t size = CHUNK * (size_t)c->kv_dim;
@@ -475,7 +476,7 @@ static QuantizedTensor *matrix_number(Transformer *t, int i) {
 }
 
 // Gets the memory for the panels, in huge pages: at the end of each page the processor's
-// prefetching stops. Nothing of it is there before pack_rows() writes it.
+// prefetching stops. Nothing of it is there before pack_share() writes it, the addresses too.
 static int build_panels(Transformer *t, const char *path) {
     size_t panels = 0, panel_rows = 0;
     QuantizedTensor *w;
@@ -733,9 +734,9 @@ static void let_go(const void *bytes, size_t size) {
     madvise((void *)start, (uintptr_t)bytes + size - start, MADV_DONTNEED);
 }
 
-// Gives all panels their places. The rows of each worker lie together, in the order of a pass, so
-// that it reads on and on: to begin somewhere else costs as much as reading 20 KB. Every other
-// panel lies in a second run of memory: two streams side by side are read some 5% faster than one.
+// Gives all panels their places. What a worker reads lies together, in the order of a pass, so that
+// it never has to begin a new run. It has two runs, to which its rows of panels go in turn: two
+// streams side by side are read some 5% faster than one.
 static void place_panels(Transformer *t, int workers) {
     Panel *next = t->panels;
     QuantizedTensor *w;

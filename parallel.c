@@ -24,10 +24,10 @@
 // ------------------------------------------------------------------------------------------------
 // The pool
 //
-// One group of threads for everything. The calling thread hands out a pass and sleeps; as many
-// threads as there are CPUs take part in it, walk through it together, and meet a handful of times
-// per layer. If there are more threads, they take turns instead of pushing each other off the CPUs;
-// a turn is some passes long, as the scheduler needs a while to give each a CPU of its own.
+// One group of threads for everything. The calling thread hands out a pass and sleeps; the threads,
+// but no more than there are CPUs, take part in it, walk through it together, and meet a handful of
+// times per layer. If there are more, they take turns instead of pushing each other off the CPUs; a
+// turn is some passes long, as the scheduler needs a while to give each thread a CPU of its own.
 
 #define TURN 4 // passes
 #define NOTHING (-1)
@@ -44,7 +44,7 @@ static struct {
     pthread_cond_t pass_done;          // and the caller here for them
     const Pass *pass;                  // what is being computed, or NULL
     unsigned passes;                   // how many there have been
-    int worker[MAX_THREADS];           // what a thread has to be in the pass, or NOTHING
+    int worker[MAX_THREADS];           // a thread's number in the pass until it begins, or NOTHING
     int arrived;                       // threads that wait in meet()
     atomic_uint meetings;              // how many there have been; also looked at without the lock
     bool closing;
@@ -105,13 +105,13 @@ static void *thr_func(void *argument) {
 
 static void run_pass(const Pass *pass) {
     pthread_mutex_lock(&pool.lock);
-    pool.pass = pass;
     int turn = (int)(pool.passes++ / TURN % (unsigned)pool.size);
-    for (int worker = 0; worker < pool.places; worker++) {
-        int thread = (turn * pool.places + worker) % pool.size;
-        pool.worker[thread] = worker;
-        pthread_cond_signal(&pool.given[thread]);
-    }
+    int first = turn * pool.places % pool.size; // and those behind it, around the end
+    pool.pass = pass;
+    for (int i = 0; i < pool.places; i++) pool.worker[(first + i) % pool.size] = i;
+    pthread_mutex_unlock(&pool.lock);
+    for (int i = 0; i < pool.places; i++) pthread_cond_signal(&pool.given[(first + i) % pool.size]);
+    pthread_mutex_lock(&pool.lock);
     while (pool.pass != NULL) pthread_cond_wait(&pool.pass_done, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
 }

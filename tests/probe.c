@@ -76,6 +76,23 @@ static void golden(char **arguments, int count) {
     free_transformer(&t);
 }
 
+// What each worker reads of a matrix must be two runs of panels, without a gap.
+static void check_runs(Transformer *t) {
+    int workers = 1;
+#ifdef PARALLEL
+    workers = pool.places;
+#endif
+    QuantizedTensor *w;
+    for (int i = 0; (w = matrix_number(t, i)); i++)
+        for (int worker = 0; worker < workers; worker++) {
+            Range rows = share(w->rows, PANEL_ROWS, worker, workers);
+            int last = (rows.last + PANEL_ROWS - 1) / PANEL_ROWS;
+            for (int row = rows.first / PANEL_ROWS; row + 2 < last; row++)
+                if (w->panels[row + 2] != w->panels[row] + w->cols / GROUP)
+                    fail("window: the panels of a worker do not lie together");
+        }
+}
+
 // window MODEL: the logits of every token against the oracle's until the window is full, in passes
 // of many lengths
 static void check_window(const char *path) {
@@ -94,6 +111,7 @@ static void check_window(const char *path) {
                        (size_t)vocab_size * sizeof(float)) != 0)
                 fail("window: the logits differ from the oracle's");
     }
+    check_runs(&t);
     end_engine_threads();
     printf("%s: a window of %d tokens agrees with the oracle\n", t.kernels->name, seq_len);
     oracle_free(&oracle);

@@ -12,7 +12,7 @@ CASES = json.loads((TESTS / "golden" / "logits.json").read_text())
 # windows of several chunks of the caches: heads of 32 that two share, and of 22 that sixteen share
 WINDOWS = {
     600: "--seed 5 --dim 128 --hidden 128 --layers 2 --heads 4 --kv-heads 2 --vocab 64 --seq-len 600",
-    257: "--seed 6 --dim 704 --hidden 64 --layers 1 --heads 32 --kv-heads 2 --vocab 16 --seq-len 257",
+    300: "--seed 6 --dim 704 --hidden 64 --layers 1 --heads 32 --kv-heads 2 --vocab 16 --seq-len 300",
 }
 SMALL_CASES, BIG_CASES = CASES[:2], CASES[2:]
 SAID = "My name is Zelda.\nTell me a story about a fox.\nWhat is my name?\n"

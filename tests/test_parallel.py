@@ -3,6 +3,7 @@ import os
 import re
 import resource
 import signal
+import statistics
 import time
 import unittest
 
@@ -57,6 +58,15 @@ class UsageTest(SessionTestCase):
             self.assertTrue(lines[-2].startswith("main thread"), text)
             self.assertTrue(lines[-1].startswith("Whole process"), text)
             self.assertEqual(text.count(" - user: "), threads + 2)
+
+    def test_each_thread_has_its_turn(self):
+        """Also if there are more threads than CPUs, all of them work."""
+        threads = min(2 * len(os.sched_getaffinity(0)) + 1, 64)
+        text = self.run_to_end(PARALLEL, "-d", TINY, threads, 42, "Tell me a story.",
+                               "Tell me another story.").text
+        times = [float(user) + float(system)
+                 for user, system in re.findall("user: (.*) s, system: (.*) s", text)][:threads]
+        self.assertGreater(min(times), statistics.mean(times) / 4, text)
 
     def test_bad_thread_counts_are_refused(self):
         """0, negative, no number, beyond the limit: told, with the usage, exit status 2."""
