@@ -106,12 +106,12 @@ static void *thr_func(void *argument) {
 static void run_pass(const Pass *pass) {
     pthread_mutex_lock(&pool.lock);
     int turn = (int)(pool.passes++ / TURN % (unsigned)pool.size);
-    int first = turn * pool.places % pool.size; // and those behind it, around the end
     pool.pass = pass;
-    for (int i = 0; i < pool.places; i++) pool.worker[(first + i) % pool.size] = i;
-    pthread_mutex_unlock(&pool.lock);
-    for (int i = 0; i < pool.places; i++) pthread_cond_signal(&pool.given[(first + i) % pool.size]);
-    pthread_mutex_lock(&pool.lock);
+    for (int worker = 0; worker < pool.places; worker++) {
+        int thread = (turn * pool.places + worker) % pool.size;
+        pool.worker[thread] = worker;
+        pthread_cond_signal(&pool.given[thread]);
+    }
     while (pool.pass != NULL) pthread_cond_wait(&pool.pass_done, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
 }
@@ -136,8 +136,8 @@ static int init_thr_pool(int threads) {
     int usable = sched_getaffinity(0, sizeof(cpus), &cpus) == 0 ? CPU_COUNT(&cpus) : threads;
     memset(&pool, 0, sizeof(pool));
     pool.places = threads < usable ? threads : usable;
-    // Nobody holds the lock for longer than it takes to count, so a thread that finds it taken
-    // looks again a few times before it sleeps.
+    // Nobody holds the lock for longer than it takes to count or to wake others, so a thread that
+    // finds it taken looks again a few times before it sleeps.
     pthread_mutexattr_t adaptive;
     pthread_mutexattr_init(&adaptive);
     pthread_mutexattr_settype(&adaptive, PTHREAD_MUTEX_ADAPTIVE_NP);
