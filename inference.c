@@ -9,7 +9,7 @@
 #include "model.h"
 
 static void run_pass(const Pass *pass) { pass->work(pass, 0, 1); }
-static void meet(int workers) { (void)workers; }
+static void meet(int worker, int workers) { (void)worker, (void)workers; }
 
 _Noreturn static void usage(const char *program) {
     complain("Usage: %s " SETTINGS_USAGE " <seed> [\"prompt\" ...]\n" SETTINGS_HELP

@@ -579,7 +579,7 @@ struct Pass {
 // Calls pass->work(pass, worker, workers) on each worker and returns when all have returned.
 static void run_pass(const Pass *pass);
 // Returns when all workers of the pass have called it.
-static void meet(int workers);
+static void meet(int worker, int workers);
 
 typedef struct {
     int first, last; // first <= i < last
@@ -669,7 +669,7 @@ static Activations activate(const Pass *pass, const float *x, const float *weigh
         for (int r = 0; r < rows; r++)
             t->kernels->quantize(&out, first + r, values + (size_t)r * (size_t)width);
     }
-    if (n > 1) meet(workers);
+    if (n > 1) meet(worker, workers);
     return out;
 }
 
@@ -757,7 +757,7 @@ static void place_panels(Transformer *t, int workers) {
 static void pack_share(const Pass *pass, int worker, int workers) {
     Transformer *t = pass->transformer;
     if (worker == 0) place_panels(t, workers);
-    meet(workers);
+    meet(worker, workers);
     int count = 0;
     while (matrix_number(t, count)) count++;
     for (int i = count - 1; i >= 0; i--) {
@@ -803,7 +803,7 @@ static void compute_share(const Pass *pass, int worker, int workers) {
         rope_table(s->rope + (size_t)token * head_size, s->frequency, c->head_size,
                    pass->pos + token);
     }
-    meet(workers);
+    meet(worker, workers);
 
     for (int layer = 0; layer < c->n_layers; layer++) {
         const Layer *l = &w->layers[layer];
@@ -819,17 +819,17 @@ static void compute_share(const Pass *pass, int worker, int workers) {
             rope(s->k + (size_t)token * kv_dim, kv_rows, table, c->head_size);
         }
         store_keys_and_values(pass, layer, kv_rows);
-        meet(workers);
+        meet(worker, workers);
 
         // attention; later tokens look at more of the past, so the tokens are dealt out in turn
         if (n == 1)
             multi_head_attn(pass, layer, 0, share(c->n_heads, 1, worker, workers), s->att[worker]);
         for (int token = worker; n > 1 && token < n; token += workers)
             multi_head_attn(pass, layer, token, (Range){0, c->n_heads}, s->att[worker]);
-        meet(workers);
+        meet(worker, workers);
         in = activate(pass, s->xb, NULL, c->dim, n, worker, workers);
         mat_mul_add(pass, s->x, &l->wo, dim_rows, &in, n);
-        meet(workers);
+        meet(worker, workers);
 
         // feed forward
         in = activate(pass, s->x, l->rms_ffn_weight, c->dim, n, worker, workers);
@@ -839,10 +839,10 @@ static void compute_share(const Pass *pass, int worker, int workers) {
             size_t at = (size_t)token * hidden_dim + (size_t)hidden_rows.first;
             t->kernels->swiglu(s->hb + at, s->hb2 + at, hidden_rows.last - hidden_rows.first);
         }
-        meet(workers);
+        meet(worker, workers);
         in = activate(pass, s->hb, NULL, c->hidden_dim, n, worker, workers);
         mat_mul_add(pass, s->x, &l->w2, dim_rows, &in, n);
-        meet(workers);
+        meet(worker, workers);
     }
 
     // logits of the tokens for which they are wanted, the last ones

@@ -14,11 +14,11 @@
 #include <stdatomic.h>
 #include <sys/resource.h>
 
-// Looks at the other threads' progress before a waiting thread goes to sleep: some 20 microseconds,
-// less than it takes to sleep and be woken. 0 leaves all waiting to the mutex, which helgrind
-// understands.
+// Looks at the other threads' progress before a waiting thread goes to sleep: some 100
+// microseconds, about what it takes to sleep and be woken on a virtual machine. 0 leaves all
+// waiting to the mutex, which helgrind understands.
 #ifndef SPIN
-#define SPIN 2000
+#define SPIN 10000
 #endif
 
 // ------------------------------------------------------------------------------------------------
@@ -45,6 +45,7 @@ static struct {
     const Pass *pass;                  // what is being computed, or NULL
     unsigned passes;                   // how many there have been
     int worker[MAX_THREADS];           // a thread's number in the pass until it begins, or NOTHING
+    int cpu[MAX_THREADS];              // where each worker of the pass was last seen, or NOTHING
     int arrived;                       // threads that wait in meet()
     atomic_uint meetings;              // how many there have been; also looked at without the lock
     bool closing;
@@ -56,11 +57,38 @@ static void relax(void) {
 #endif
 }
 
+// Notes where a worker is, and tells whether another one was last seen on the same CPU. The lock
+// must be held.
+static bool shares_cpu(int worker, int workers) {
+    pool.cpu[worker] = sched_getcpu();
+    for (int i = 0; i < workers; i++)
+        if (i != worker && pool.cpu[i] == pool.cpu[worker]) return true;
+    return false;
+}
+
+// Moves the calling thread away from the CPUs of all workers, if there is another one. The
+// scheduler often puts two threads that are woken together on one CPU, and may leave them there: as
+// each sleeps while the other works, it sees no need for a second one. To forbid a thread its CPU
+// moves it at once; then it may go everywhere again. (Under SCHED_DEADLINE the kernel refuses, and
+// no harm done.)
+static void step_aside(int workers) {
+    cpu_set_t usable, others;
+    if (sched_getaffinity(0, sizeof(usable), &usable) < 0) return;
+    others = usable;
+    pthread_mutex_lock(&pool.lock);
+    for (int i = 0; i < workers; i++)
+        if (pool.cpu[i] != NOTHING) CPU_CLR((size_t)pool.cpu[i], &others);
+    pthread_mutex_unlock(&pool.lock);
+    if (CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof(others), &others) == 0)
+        sched_setaffinity(0, sizeof(usable), &usable);
+}
+
 // The last one to arrive opens the door: everybody else waits for the number of meetings to change,
-// at first with his eyes open.
-static void meet(int workers) {
+// at first with his eyes open, unless that would keep somebody from coming.
+static void meet(int worker, int workers) {
     pthread_mutex_lock(&pool.lock);
     unsigned before = pool.meetings;
+    int spins = shares_cpu(worker, workers) ? 0 : SPIN;
     if (++pool.arrived == workers) {
         pool.arrived = 0;
         pool.meetings = before + 1;
@@ -69,7 +97,7 @@ static void meet(int workers) {
         return;
     }
     pthread_mutex_unlock(&pool.lock);
-    for (int i = 0; i < SPIN; i++) {
+    for (int i = 0; i < spins; i++) {
         if (pool.meetings != before) return;
         relax();
     }
@@ -89,9 +117,11 @@ static void *thr_func(void *argument) {
         const Pass *pass = pool.pass;
         int worker = pool.worker[thread], workers = pool.places;
         pool.worker[thread] = NOTHING;
+        bool crowded = shares_cpu(worker, workers);
         pthread_mutex_unlock(&pool.lock);
+        if (crowded) step_aside(workers);
         pass->work(pass, worker, workers);
-        meet(workers);
+        meet(worker, workers);
         pthread_mutex_lock(&pool.lock);
         if (worker == 0) {
             pool.pass = NULL;
@@ -110,6 +140,7 @@ static void run_pass(const Pass *pass) {
     for (int worker = 0; worker < pool.places; worker++) {
         int thread = (turn * pool.places + worker) % pool.size;
         pool.worker[thread] = worker;
+        pool.cpu[worker] = NOTHING;
         pthread_cond_signal(&pool.given[thread]);
     }
     while (pool.pass != NULL) pthread_cond_wait(&pool.pass_done, &pool.lock);

@@ -109,6 +109,13 @@ class FrontEndTest(SessionTestCase):
         self.assertEqual(len(USAGE.findall(session.text)), 5)
         self.assertEqual({line["tcomm"] for line in session.log_lines}, {"parallel"})
 
+    def test_threads_may_use_every_cpu(self):
+        """Those that step aside for each other are not bound to the CPU where they go."""
+        session = self.start_pool(42)
+        session.ask("Tell me a story.")
+        for thread in threads_of(session.engine):
+            self.assertEqual(os.sched_getaffinity(thread), os.sched_getaffinity(0))
+
     def test_the_log_passes_100_percent(self):
         """cpu% is that of all threads."""
         if len(os.sched_getaffinity(0)) < 2:
