@@ -14,9 +14,9 @@
 #include <stdatomic.h>
 #include <sys/resource.h>
 
-// Looks at the other threads' progress before a waiting thread goes to sleep: some 100
-// microseconds, about what it takes to sleep and be woken on a virtual machine. 0 leaves all
-// waiting to the mutex, which helgrind understands.
+// Looks at the other threads' progress before a waiting thread goes to sleep: 250 microseconds on a
+// Zen 4 at 3.7 GHz, some times what it takes to sleep and be woken. 0 leaves all waiting to the
+// mutex, which helgrind understands.
 #ifndef SPIN
 #define SPIN 10000
 #endif
@@ -69,8 +69,8 @@ static bool shares_cpu(int worker, int workers) {
 // Moves the calling thread away from the CPUs of all workers, if there is another one. The
 // scheduler often puts two threads that are woken together on one CPU, and may leave them there: as
 // each sleeps while the other works, it sees no need for a second one. To forbid a thread its CPU
-// moves it at once; then it may go everywhere again. (Under SCHED_DEADLINE the kernel refuses, and
-// no harm done.)
+// moves it at once; then it may go everywhere again. (Under SCHED_DEADLINE the kernel refuses,
+// and the thread stays where it is.)
 static void step_aside(int workers) {
     cpu_set_t usable, others;
     if (sched_getaffinity(0, sizeof(usable), &usable) < 0) return;

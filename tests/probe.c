@@ -392,6 +392,23 @@ static void check_sampler(void) {
     puts("the sampler agrees with the oracle");
 }
 
+// aside: whether a thread that finds another worker on its CPU leaves it, and may still come back
+static void check_step_aside(void) {
+#ifdef PARALLEL
+    cpu_set_t before, after;
+    start_engine_threads();
+    sched_getaffinity(0, sizeof(before), &before);
+    pool.cpu[0] = sched_getcpu(); // another worker's
+    if (!shares_cpu(1, 2)) fail("aside: two workers on one CPU are not noticed");
+    step_aside(2);
+    if (shares_cpu(1, 2)) fail("aside: the thread is still there");
+    sched_getaffinity(0, sizeof(after), &after);
+    if (!CPU_EQUAL(&before, &after)) fail("aside: the thread may not use all CPUs any more");
+    end_engine_threads();
+#endif
+    puts("aside");
+}
+
 // tables: the names of the kernel tables that this machine can run, the best first
 static void print_tables(void) {
     const Kernels *usable[MAX_TABLES];
@@ -451,12 +468,13 @@ int main(int argc, char **argv) {
     else if (strcmp(command, "load") == 0) load_models(argv + 2, argc - 2);
     else if (strcmp(command, "memory") == 0 && argc == 3) measure_memory(argv[2]);
     else if (strcmp(command, "tables") == 0) print_tables();
+    else if (strcmp(command, "aside") == 0) check_step_aside();
     else if (strcmp(command, "kernels") == 0) check_kernels();
     else if (strcmp(command, "rope") == 0 && argc == 3) hash_rope(atoi(argv[2]));
     else if (strcmp(command, "exp") == 0 && argc == 3) check_exp((uint32_t)atoi(argv[2]));
     else if (strcmp(command, "sampler") == 0) check_sampler();
     else
         fail("Usage: probe "
-             "golden|window|encode|classes|load|memory|tables|kernels|rope|exp|sampler ...");
+             "golden|window|encode|classes|load|memory|tables|aside|kernels|rope|exp|sampler ...");
     return 0;
 }

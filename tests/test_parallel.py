@@ -7,6 +7,7 @@ import statistics
 import time
 import unittest
 
+from probes import probe_lines
 from support import (INFERENCE, MAIN, TINY, TOP, Process, SessionTestCase, processes, replies,
                      wait_until)
 
@@ -67,6 +68,12 @@ class UsageTest(SessionTestCase):
         times = [float(user) + float(system)
                  for user, system in re.findall("user: (.*) s, system: (.*) s", text)][:threads]
         self.assertGreater(min(times), statistics.mean(times) / 4, text)
+
+    def test_threads_on_one_cpu_step_aside(self):
+        """A thread that shares its CPU with another moves to a free one."""
+        if len(os.sched_getaffinity(0)) < 2:
+            self.skipTest("there is one CPU only")
+        self.assertEqual(probe_lines("aside", engine="parallel"), ["aside"])
 
     def test_bad_thread_counts_are_refused(self):
         """0, negative, no number, beyond the limit: told, with the usage, exit status 2."""
