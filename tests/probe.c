@@ -398,7 +398,7 @@ static void check_step_aside(void) {
     cpu_set_t before, after;
     start_engine_threads();
     sched_getaffinity(0, sizeof(before), &before);
-    pool.cpu[0] = sched_getcpu(); // another worker's
+    pool.seats[0].cpu = sched_getcpu(); // another worker's
     if (!shares_cpu(1, 2)) fail("aside: two workers on one CPU are not noticed");
     step_aside(2);
     if (shares_cpu(1, 2)) fail("aside: the thread is still there");

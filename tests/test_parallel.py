@@ -139,7 +139,7 @@ class FrontEndTest(SessionTestCase):
         session = self.start_pool("-s", "BATCH", "-n", 7, 42)
         session.ask("Hello!")
         threads = threads_of(session.engine)
-        self.assertEqual(len(threads), 4)
+        self.assertEqual(len(threads), 3)
         for thread in threads:
             self.assertEqual(os.sched_getscheduler(thread), os.SCHED_BATCH)
             self.assertEqual(os.getpriority(os.PRIO_PROCESS, thread), 7)
