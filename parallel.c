@@ -135,8 +135,7 @@ static void meet(int worker, int workers) {
         if (i != worker) wait_for(&pool.seats[i], meeting, spins);
 }
 
-// A thread of the pool: wait for a share of a pass, do it, and again. The next pass follows soon
-// while a reply is computed.
+// A thread of the pool: wait for a share of a pass, do it, and again.
 static void *thr_func(void *argument) {
     int thread = (int)(intptr_t)argument;
     pthread_mutex_lock(&pool.lock);
@@ -153,6 +152,7 @@ static void *thr_func(void *argument) {
         if (crowded) step_aside(workers);
         pass->work(pass, worker, workers);
         meet(worker, workers);
+        // while a reply is computed, the next pass follows soon
         for (int spins = patience(worker, workers); spins > 0 && pool.passes == passes; spins--)
             relax();
         pthread_mutex_lock(&pool.lock);
