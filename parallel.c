@@ -16,7 +16,7 @@
 #include <sys/time.h>
 
 // Looks at the others' progress before a waiting thread goes to sleep: 250 microseconds on a Zen 4
-// at 3.7 GHz, some times what it takes to sleep and be woken. 0 leaves all waiting to the mutex,
+// at 3.7 GHz, several times what it takes to sleep and be woken. 0 leaves all waiting to the mutex,
 // which helgrind understands.
 #ifndef SPIN
 #define SPIN 10000
@@ -26,16 +26,18 @@
 // The pool
 //
 // One group of threads for everything. The thread that created it is thread 0: it hands out a pass
-// and takes part in it, so that nobody has to be woken between a token and the next. The others,
-// but no more than there are CPUs, walk through the pass with it and meet a handful of times per
-// layer. If there are more, these take turns instead of pushing each other off the CPUs; a turn is
-// some passes long, as the scheduler needs a while to give each thread a CPU of its own.
+// and takes part in it, so that nobody has to be woken between a token and the next. Who takes part
+// is a worker of the pass and has a number there; there are no more workers than CPUs. They walk
+// through the pass together and meet a handful of times per layer. If the pool has more threads,
+// all but thread 0 take turns instead of pushing each other off the CPUs (so with a single CPU,
+// thread 0 does everything). A turn is some passes long, as the scheduler needs a while to give
+// each thread a CPU of its own.
 
 #define TURN 4 // passes
 #define NOTHING (-1)
 
-// What a worker of a pass tells the others. It has a cache line of its own, so that a meeting of
-// two takes one line each way; a lock and a count for all would be four.
+// What a worker tells the others, in a cache line of its own. (A mutex and a count for all would be
+// lines that everybody writes, and that have to travel from CPU to CPU for each of them.)
 typedef struct {
     _Alignas(64) atomic_uint meetings; // how many it has come to
     atomic_int cpu;                    // where it was last seen, or NOTHING
@@ -43,17 +45,17 @@ typedef struct {
 
 static struct {
     pthread_t threads[MAX_THREADS];   // but for thread 0
-    struct rusage usage[MAX_THREADS]; // of thread 0 in all passes, of the others when they end
+    struct rusage usage[MAX_THREADS]; // times of thread 0 in all passes, of the others at their end
     int size;                         // threads of the pool
-    int places;                       // threads that take part in a pass: no more than CPUs
-    Seat seats[MAX_THREADS]; // of the workers of a pass; between passes all counts are equal
-    atomic_uint passes;      // how many there have been
-    atomic_int asleep;       // threads that sleep in wait_for()
+    int places;                       // workers of a pass
+    Seat seats[MAX_THREADS];          // one for each place
+    atomic_uint passes;               // how many have been handed out
+    atomic_int asleep;                // workers that sleep in meet()
 
     pthread_mutex_t lock;              // guards all that follows
     pthread_cond_t given[MAX_THREADS]; // each thread sleeps here until it has work,
-    pthread_cond_t arrived;            // and here until others have done theirs
-    const Pass *pass;                  // what is being computed
+    pthread_cond_t all_met;            // and here until the other workers have done theirs
+    const Pass *pass;                  // the one that was handed out last
     int worker[MAX_THREADS];           // a thread's number in the pass until it begins, or NOTHING
     bool closing;
 } pool;
@@ -88,7 +90,7 @@ static void step_aside(int workers) {
     cpu_set_t usable, others;
     if (sched_getaffinity(0, sizeof(usable), &usable) < 0) return;
     others = usable;
-    pthread_mutex_lock(&pool.lock);
+    pthread_mutex_lock(&pool.lock); // which only helgrind needs here
     for (int i = 0; i < workers; i++)
         if (pool.seats[i].cpu != NOTHING) CPU_CLR((size_t)pool.seats[i].cpu, &others);
     pthread_mutex_unlock(&pool.lock);
@@ -96,43 +98,59 @@ static void step_aside(int workers) {
         sched_setaffinity(0, sizeof(usable), &usable);
 }
 
-// The counts go round, so they are compared by their distance.
-static bool has_come(const Seat *seat, unsigned meeting) {
-    return (int)(seat->meetings - meeting) >= 0;
+// Whether all workers have come to a meeting. Some may be at the next one already; and as the
+// counts wrap around, they are compared by their distance.
+static bool have_met(unsigned meeting, int workers) {
+    for (int i = 0; i < workers; i++)
+        if ((int)(pool.seats[i].meetings - meeting) < 0) return false;
+    return true;
 }
 
-// Waits for a worker to come to a meeting, at first with open eyes.
-static void wait_for(const Seat *seat, unsigned meeting, int spins) {
+// Everybody counts himself in and then looks whether somebody sleeps, whom the last to come wakes.
+// Who goes to sleep tells it and then looks whether all have come. So one of the two sees the
+// other: plain operations on atomics have one order for all threads. (Helgrind knows only the order
+// of a lock, so without spinning everything happens under it.)
+static void meet(int worker, int workers) {
+    unsigned meeting = pool.seats[worker].meetings + 1;
+    int spins = patience(worker, workers);
+    if (SPIN == 0) pthread_mutex_lock(&pool.lock);
+    pool.seats[worker].meetings = meeting;
+    if (SPIN == 0) pthread_mutex_unlock(&pool.lock);
+
+    if (SPIN == 0 || pool.asleep > 0) {
+        pthread_mutex_lock(&pool.lock);
+        if (have_met(meeting, workers)) pthread_cond_broadcast(&pool.all_met);
+        pthread_mutex_unlock(&pool.lock);
+    }
     for (int i = 0; i < spins; i++) {
-        if (has_come(seat, meeting)) return;
+        if (have_met(meeting, workers)) return;
         relax();
     }
     pthread_mutex_lock(&pool.lock);
     pool.asleep++;
-    while (!has_come(seat, meeting)) pthread_cond_wait(&pool.arrived, &pool.lock);
+    while (!have_met(meeting, workers)) pthread_cond_wait(&pool.all_met, &pool.lock);
     pool.asleep--;
     pthread_mutex_unlock(&pool.lock);
 }
 
-// Counts a worker in, then looks whether somebody sleeps. Who goes to sleep does it the other way
-// round, so one of the two sees the other. (Helgrind sees an order in the lock only, so without
-// spinning all of this happens under the lock.)
-static void arrive(Seat *seat, unsigned meeting) {
-    if (SPIN == 0) pthread_mutex_lock(&pool.lock);
-    seat->meetings = meeting;
-    if (SPIN == 0) pthread_mutex_unlock(&pool.lock);
-    if (SPIN > 0 && pool.asleep == 0) return;
-    pthread_mutex_lock(&pool.lock);
-    pthread_cond_broadcast(&pool.arrived);
-    pthread_mutex_unlock(&pool.lock);
+// The CPU times of the calling thread. getrusage(2) tells them as of the last tick of the kernel;
+// reading the thread's CPU clock brings them up to date.
+static struct rusage thread_usage(void) {
+    struct timespec clock;
+    struct rusage usage;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &clock);
+    getrusage(RUSAGE_THREAD, &usage);
+    return usage;
 }
 
-static void meet(int worker, int workers) {
-    unsigned meeting = pool.seats[worker].meetings + 1;
-    int spins = patience(worker, workers);
-    arrive(&pool.seats[worker], meeting);
-    for (int i = 0; i < workers; i++)
-        if (i != worker) wait_for(&pool.seats[i], meeting, spins);
+// Adds the times from `before` to now to *sum.
+static void add_usage_since(struct rusage *sum, const struct rusage *before) {
+    struct rusage now = thread_usage();
+    struct timeval used;
+    timersub(&now.ru_utime, &before->ru_utime, &used);
+    timeradd(&sum->ru_utime, &used, &sum->ru_utime);
+    timersub(&now.ru_stime, &before->ru_stime, &used);
+    timeradd(&sum->ru_stime, &used, &sum->ru_stime);
 }
 
 // A thread of the pool: wait for a share of a pass, do it, and again.
@@ -149,51 +167,42 @@ static void *thr_func(void *argument) {
         pool.worker[thread] = NOTHING;
         bool crowded = shares_cpu(worker, workers);
         pthread_mutex_unlock(&pool.lock);
+
         if (crowded) step_aside(workers);
         pass->work(pass, worker, workers);
+        int spins = patience(worker, workers); // asked while the seat is still its own
         meet(worker, workers);
-        // while a reply is computed, the next pass follows soon
-        for (int spins = patience(worker, workers); spins > 0 && pool.passes == passes; spins--)
-            relax();
+        // While a reply is computed the next pass follows soon: look for it before sleeping.
+        for (int i = 0; i < spins && pool.passes == passes; i++) relax();
         pthread_mutex_lock(&pool.lock);
     }
     pthread_mutex_unlock(&pool.lock);
-    getrusage(RUSAGE_THREAD, &pool.usage[thread]);
+    pool.usage[thread] = thread_usage();
     return NULL;
 }
 
 // Hands a pass out to the threads whose turn it is.
 static void hand_out(const Pass *pass) {
     pthread_mutex_lock(&pool.lock);
-    unsigned turn = pool.passes++ / TURN, helpers = (unsigned)pool.places - 1;
+    unsigned helpers = (unsigned)pool.places - 1, others = (unsigned)pool.size - 1;
     pool.pass = pass;
     pool.seats[0].cpu = sched_getcpu();
     for (unsigned i = 0; i < helpers; i++) {
-        unsigned thread = 1 + (turn * helpers + i) % ((unsigned)pool.size - 1);
+        unsigned turn = pool.passes / TURN % others, thread = 1 + (turn * helpers + i) % others;
         pool.worker[thread] = (int)i + 1;
         pool.seats[i + 1].cpu = NOTHING;
         pthread_cond_signal(&pool.given[thread]);
     }
+    pool.passes++; // at the end, as who sees it will want the lock
     pthread_mutex_unlock(&pool.lock);
 }
 
-// sum = sum + after - before
-static void add_usage(struct rusage *sum, const struct rusage *after, const struct rusage *before) {
-    struct timeval used;
-    timersub(&after->ru_utime, &before->ru_utime, &used);
-    timeradd(&sum->ru_utime, &used, &sum->ru_utime);
-    timersub(&after->ru_stime, &before->ru_stime, &used);
-    timeradd(&sum->ru_stime, &used, &sum->ru_stime);
-}
-
 static void run_pass(const Pass *pass) {
-    struct rusage before, after;
-    getrusage(RUSAGE_THREAD, &before);
+    struct rusage before = thread_usage();
     hand_out(pass);
     pass->work(pass, 0, pool.places);
     meet(0, pool.places);
-    getrusage(RUSAGE_THREAD, &after);
-    add_usage(&pool.usage[0], &after, &before);
+    add_usage_since(&pool.usage[0], &before);
 }
 
 // Ends and joins all threads but the caller. pool.usage tells then what they have used.
@@ -204,7 +213,7 @@ static void close_thr_pool(void) {
     pthread_mutex_unlock(&pool.lock);
     for (int i = 1; i < pool.size; i++) pthread_join(pool.threads[i], NULL);
     for (int i = 0; i < MAX_THREADS; i++) pthread_cond_destroy(&pool.given[i]);
-    pthread_cond_destroy(&pool.arrived);
+    pthread_cond_destroy(&pool.all_met);
     pthread_mutex_destroy(&pool.lock);
 }
 
@@ -216,7 +225,7 @@ static int init_thr_pool(int threads) {
     memset(&pool, 0, sizeof(pool));
     pool.places = threads < usable ? threads : usable;
     pthread_mutex_init(&pool.lock, NULL);
-    pthread_cond_init(&pool.arrived, NULL);
+    pthread_cond_init(&pool.all_met, NULL);
     for (int i = 0; i < MAX_THREADS; i++) {
         pthread_cond_init(&pool.given[i], NULL);
         pool.worker[i] = NOTHING;
@@ -249,8 +258,7 @@ static void print_usage(void) {
         snprintf(who, sizeof(who), "Thread %d has completed", i);
         print_usage_of(who, &pool.usage[i]);
     }
-    getrusage(RUSAGE_THREAD, &usage);
-    add_usage(&besides, &usage, &pool.usage[0]);
+    add_usage_since(&besides, &pool.usage[0]);
     print_usage_of("main thread", &besides);
     getrusage(RUSAGE_SELF, &usage);
     print_usage_of("Whole process", &usage);
