@@ -36,8 +36,8 @@
 #define TURN 4 // passes
 #define NOTHING (-1)
 
-// What a worker tells the others, in a cache line of its own. (A mutex and a count for all would be
-// lines that everybody writes, and that have to travel from CPU to CPU for each of them.)
+// What a worker tells the others, in a cache line that during a pass only it writes. (The line of a
+// mutex or of a common count has to travel to each CPU in turn, as everybody writes it.)
 typedef struct {
     _Alignas(64) atomic_uint meetings; // how many it has come to
     atomic_int cpu;                    // where it was last seen, or NOTHING
@@ -187,7 +187,7 @@ static void hand_out(const Pass *pass) {
     unsigned helpers = (unsigned)pool.places - 1, others = (unsigned)pool.size - 1;
     pool.pass = pass;
     pool.seats[0].cpu = sched_getcpu();
-    for (unsigned i = 0; i < helpers; i++) {
+    for (unsigned i = 0; i < helpers; i++) { // where there are helpers, there are others
         unsigned turn = pool.passes / TURN % others, thread = 1 + (turn * helpers + i) % others;
         pool.worker[thread] = (int)i + 1;
         pool.seats[i + 1].cpu = NOTHING;

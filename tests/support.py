@@ -31,6 +31,7 @@ INFERENCE = TOP / "inference"
 
 PATIENCE = 30  # seconds until a wait has failed; only a broken program ever waits that long
 AT_ONCE = 2    # seconds; what a loaded machine may need for what takes no time
+SCHED_DEADLINE = 6  # which the os module does not have
 
 LOG_LINE = re.compile(
     r"\[pid\] (?P<pid>\d+) \[tcomm\] \((?P<tcomm>.*)\) \[state\] (?P<state>[A-Za-z]) "

@@ -8,8 +8,8 @@ import time
 import unittest
 
 from probes import probe_lines
-from support import (INFERENCE, MAIN, TINY, TOP, Process, SessionTestCase, processes, replies,
-                     wait_until)
+from support import (INFERENCE, MAIN, SCHED_DEADLINE, TINY, TOP, Process, SessionTestCase,
+                     processes, replies, wait_until)
 
 PARALLEL = TOP / "parallel"
 PROMPTS = ("My name is Zelda.", "Tell me a story.", "What is my name?")
@@ -159,13 +159,18 @@ class FrontEndTest(SessionTestCase):
 
     def test_deadline_reaches_every_thread(self):
         """SCHED_DEADLINE is not inherited: it is set for each thread when the engine is ready."""
-        session = self.start(MAIN, "-d", TINY, "-j", 3, "-s", "DEADLINE", "-D", "1ms:10ms:10ms", 42)
+        options = ("-s", "DEADLINE", "-D", "1ms:10ms:10ms", 42)
+        session = self.start(MAIN, "-d", TINY, "-j", 3, *options)
         session.send("Hello!\n")
         session.end_input()
         if session.finish() == 1:
             self.assertIn("SCHED_DEADLINE", session.errors)
             self.skipTest(session.errors.strip())
         self.assertEqual({line["policy"] for line in session.log_lines}, {"SCHED_DEADLINE"})
+        session = self.start_pool(*options)
+        session.ask("Hello!")
+        self.assertEqual([os.sched_getscheduler(thread) for thread in threads_of(session.engine)],
+                         [SCHED_DEADLINE] * 3)
 
     def test_an_idle_chat_uses_no_cpu(self):
         """Between prompts all threads sleep."""

@@ -5,9 +5,8 @@ import subprocess
 import sys
 import unittest
 
-from support import LIBC, MAIN, PATIENCE, TINY, SessionTestCase
+from support import LIBC, MAIN, PATIENCE, SCHED_DEADLINE, TINY, SessionTestCase
 
-SCHED_DEADLINE = 6  # not in the os module
 PR_CAPBSET_DROP, CAP_SYS_NICE = 24, 23
 TIMES = ("-D", "10ms:20ms:20ms")
 
