@@ -208,7 +208,8 @@ static void complain_of_refusal(const SchedulingAttributes *attributes, int caus
             "it takes root or CAP_SYS_NICE (or a resource limit that allows it, ulimit -e and -r)";
     else if (cause == EBUSY)
         advice =
-            "the CPUs have not that much time left for deadlines; ask for less runtime per period";
+            "the CPUs have not that much time left for the deadlines of all threads; ask for less "
+            "runtime per period";
     else if (cause == EINVAL && deadline)
         advice =
             "it takes 1024 ns <= runtime <= deadline <= period, and a period that the kernel's "

@@ -47,6 +47,11 @@ LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 signal.signal(signal.SIGUSR2, lambda *_: None)  # an orphan's bell must not kill the tests
 
 
+def threads_of(pid):
+    """The thread ids of a process."""
+    return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+
+
 def wait_until(condition, what):
     """Wait until condition() is true and return it."""
     deadline = time.monotonic() + PATIENCE

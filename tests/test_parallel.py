@@ -8,18 +8,13 @@ import time
 import unittest
 
 from probes import probe_lines
-from support import (INFERENCE, MAIN, SCHED_DEADLINE, TINY, TOP, Process, SessionTestCase,
-                     processes, replies, wait_until)
+from support import (INFERENCE, MAIN, TINY, TOP, Process, SessionTestCase, processes, replies,
+                     threads_of, wait_until)
 
 PARALLEL = TOP / "parallel"
 PROMPTS = ("My name is Zelda.", "Tell me a story.", "What is my name?")
 USAGE = re.compile(r"(?:Thread (\d+) has completed|main thread|Whole process)"
                    r" - user: \d+\.\d{4} s, system: \d+\.\d{4} s")
-
-
-def threads_of(pid):
-    """The thread ids of a process."""
-    return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
 
 
 class TextTest(SessionTestCase):
@@ -146,31 +141,6 @@ class FrontEndTest(SessionTestCase):
             if any(float(line["cpu"]) > 110 for line in session.log_lines):
                 return
         self.fail(session.errors)
-
-    def test_policy_and_nice_reach_every_thread(self):
-        """What is set before exec is inherited; a nice value belongs to each thread by itself."""
-        session = self.start_pool("-s", "BATCH", "-n", 7, 42)
-        session.ask("Hello!")
-        threads = threads_of(session.engine)
-        self.assertEqual(len(threads), 3)
-        for thread in threads:
-            self.assertEqual(os.sched_getscheduler(thread), os.SCHED_BATCH)
-            self.assertEqual(os.getpriority(os.PRIO_PROCESS, thread), 7)
-
-    def test_deadline_reaches_every_thread(self):
-        """SCHED_DEADLINE is not inherited: it is set for each thread when the engine is ready."""
-        options = ("-s", "DEADLINE", "-D", "1ms:10ms:10ms", 42)
-        session = self.start(MAIN, "-d", TINY, "-j", 3, *options)
-        session.send("Hello!\n")
-        session.end_input()
-        if session.finish() == 1:
-            self.assertIn("SCHED_DEADLINE", session.errors)
-            self.skipTest(session.errors.strip())
-        self.assertEqual({line["policy"] for line in session.log_lines}, {"SCHED_DEADLINE"})
-        session = self.start_pool(*options)
-        session.ask("Hello!")
-        self.assertEqual([os.sched_getscheduler(thread) for thread in threads_of(session.engine)],
-                         [SCHED_DEADLINE] * 3)
 
     def test_an_idle_chat_uses_no_cpu(self):
         """Between prompts all threads sleep."""

@@ -5,10 +5,11 @@ import subprocess
 import sys
 import unittest
 
-from support import LIBC, MAIN, PATIENCE, SCHED_DEADLINE, TINY, SessionTestCase
+from support import LIBC, MAIN, PATIENCE, SCHED_DEADLINE, TINY, SessionTestCase, threads_of
 
 PR_CAPBSET_DROP, CAP_SYS_NICE = 24, 23
 TIMES = ("-D", "10ms:20ms:20ms")
+SHORT_TIMES = ("-D", "1ms:10ms:10ms")  # which three threads may have even of a single CPU
 
 
 def drop_privilege():
@@ -102,6 +103,39 @@ class PolicyTest(PolicyTestCase):
             session.ask("Hello!")
             nice = int(session.log_lines[0]["nice"])
             self.assertEqual(nice, os.getpriority(os.PRIO_PROCESS, 0) + 5)
+
+
+class PoolPolicyTest(PolicyTestCase):
+    def assert_policy_of_threads(self, options, number):
+        """Each of three threads has the policy. Returns them, while the chat goes on."""
+        session = self.chat("-j", 3, *options, 42)
+        session.read_until(">>> ")
+        session.ask("Hello!")
+        threads = threads_of(session.engine)
+        self.assertEqual([os.sched_getscheduler(thread) for thread in threads], [number] * 3)
+        return threads
+
+    def test_policy_and_nice_reach_every_thread(self):
+        """What is set before exec is inherited; a nice value belongs to each thread by itself."""
+        for thread in self.assert_policy_of_threads(("-s", "BATCH", "-n", 7), os.SCHED_BATCH):
+            self.assertEqual(os.getpriority(os.PRIO_PROCESS, thread), 7)
+
+    def test_deadline_reaches_every_thread(self):
+        """SCHED_DEADLINE is not inherited: it is set for each thread when the engine is ready."""
+        self.need_all_cpus()
+        self.assert_policy_of_threads(("-s", "DEADLINE", *SHORT_TIMES), SCHED_DEADLINE)
+
+    def test_deadline_is_not_refused_while_threads_share_a_cpu(self):
+        """The kernel refuses it to a thread that may not use all CPUs, so none may be kept off one
+        just then. Busy neighbours push the threads together."""
+        self.need_all_cpus()
+        for _ in range(3 * os.cpu_count()):
+            busy = subprocess.Popen(["sh", "-c", "while :; do :; done"])
+            self.addCleanup(busy.wait)
+            self.addCleanup(busy.kill)
+        for _ in range(40):
+            session = self.run_to_end(MAIN, "-d", TINY, "-j", 2, "-s", "DEADLINE", *SHORT_TIMES, 42)
+            self.assertEqual((session.status, session.errors), (0, ""))
 
 
 class RefusalTest(PolicyTestCase):
