@@ -52,6 +52,17 @@ def threads_of(pid):
     return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
 
 
+def works(action):
+    """Whether this python statement on os works, in a process of its own."""
+    return subprocess.run([sys.executable, "-c", f"import os; {action}"], timeout=PATIENCE,
+                          stderr=subprocess.DEVNULL).returncode == 0
+
+
+def real_time_works():
+    """Whether the kernel lets us have a real-time policy."""
+    return works("os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))")
+
+
 def wait_until(condition, what):
     """Wait until condition() is true and return it."""
     deadline = time.monotonic() + PATIENCE

@@ -5,7 +5,8 @@ import subprocess
 import sys
 import unittest
 
-from support import LIBC, MAIN, PATIENCE, SCHED_DEADLINE, TINY, SessionTestCase, threads_of
+from support import (LIBC, MAIN, SCHED_DEADLINE, TINY, SessionTestCase, real_time_works,
+                     threads_of, works)
 
 PR_CAPBSET_DROP, CAP_SYS_NICE = 24, 23
 TIMES = ("-D", "10ms:20ms:20ms")
@@ -19,15 +20,9 @@ def drop_privilege():
     resource.setrlimit(resource.RLIMIT_RTPRIO, (0, 0))
 
 
-def works(action):
-    """Whether this python statement on os works, in a process of its own."""
-    return subprocess.run([sys.executable, "-c", f"import os; {action}"], timeout=PATIENCE,
-                          stderr=subprocess.DEVNULL).returncode == 0
-
-
 class PolicyTestCase(SessionTestCase):
     def need_real_time(self):
-        if not works("os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))"):
+        if not real_time_works():
             self.skipTest("real-time policies need CAP_SYS_NICE")
 
     def need_all_cpus(self):
