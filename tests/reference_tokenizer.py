@@ -98,7 +98,7 @@ def mismatches(tokenizer, cases):
 
 def main():
     args = sys.argv[1:]
-    if not args and "SMOLLM_DIR" in os.environ:
+    if not args and os.environ.get("SMOLLM_DIR"):
         args = [os.path.join(os.environ["SMOLLM_DIR"], "tokenizer.bin")]
     if not 1 <= len(args) <= 2:
         raise SystemExit(__doc__.strip())

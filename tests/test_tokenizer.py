@@ -17,8 +17,9 @@ from reference_tokenizer import Tokenizer
 from support import TESTS, TINY, TOP, SessionTestCase
 
 TINY_TOKENIZER = TINY / "tokenizer.bin"
-REAL_TOKENIZER = Path(os.environ.get("SMOLLM_DIR", TOP), "tokenizer.bin")
-HAS_REAL = "SMOLLM_DIR" in os.environ or REAL_TOKENIZER.exists()
+SMOLLM_DIR = os.environ.get("SMOLLM_DIR")
+REAL_TOKENIZER = Path(SMOLLM_DIR or TOP, "tokenizer.bin")
+HAS_REAL = SMOLLM_DIR or REAL_TOKENIZER.exists()
 TABLES_VERSION = (15, 1, 0)  # of Unicode, in model.h
 PYTHONS_VERSION = tuple(int(part) for part in unicodedata.unidata_version.split("."))
 
