@@ -199,6 +199,7 @@ static int set_policy_of_threads(pid_t pid, const SchedulingAttributes *attribut
 
 // The causes are those of sched_setattr(2) and sched(7).
 static void complain_of_refusal(const SchedulingAttributes *attributes, int cause) {
+    if (!would_take(STDERR_FILENO)) return; // nobody reads: rather lose the line than hang
     bool deadline = attributes->policy == SCHED_DEADLINE;
     const char *advice = "see sched_setattr(2)";
     if (cause == EPERM && deadline)
@@ -242,11 +243,6 @@ static void start_sampling(CpuMeter *meter) {
     meter->cpu_time = cpu_seconds(meter->cpu_clock);
     meter->time = seconds();
     meter->told = false;
-}
-
-// Would a line written there now be taken at once, or fail at once?
-static bool would_take(int fd) {
-    return poll(&(struct pollfd){.fd = fd, .events = POLLOUT}, 1, 0) == 1;
 }
 
 // Writes one line of the log. utime and stime are in clock ticks, vsize is in bytes. The name,

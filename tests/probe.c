@@ -396,14 +396,20 @@ static void check_sampler(void) {
 static void check_step_aside(void) {
 #ifdef PARALLEL
     cpu_set_t before, after;
+    bool noticed = false, gone = false;
     start_engine_threads();
     sched_getaffinity(0, sizeof(before), &before);
-    pool.seats[0].cpu = sched_getcpu(); // another worker's
-    if (!shares_cpu(1, 2)) fail("aside: two workers on one CPU are not noticed");
-    step_aside(2);
-    if (shares_cpu(1, 2)) fail("aside: the thread is still there");
-    sched_getaffinity(0, sizeof(after), &after);
-    if (!CPU_EQUAL(&before, &after)) fail("aside: the thread may not use all CPUs any more");
+    // The scheduler, too, may move the thread at any time, so one success is enough.
+    for (int i = 0; i < 100 && !(noticed && gone); i++) {
+        pool.seats[0].cpu = sched_getcpu(); // another worker's
+        noticed = shares_cpu(1, 2);
+        step_aside(2);
+        gone = !shares_cpu(1, 2);
+        sched_getaffinity(0, sizeof(after), &after);
+        if (!CPU_EQUAL(&before, &after)) fail("aside: the thread may not use all CPUs any more");
+    }
+    if (!noticed) fail("aside: two workers on one CPU are not noticed");
+    if (!gone) fail("aside: the thread is still there");
     end_engine_threads();
 #endif
     puts("aside");

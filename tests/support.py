@@ -32,6 +32,7 @@ INFERENCE = TOP / "inference"
 PATIENCE = 30  # seconds until a wait has failed; only a broken program ever waits that long
 AT_ONCE = 2    # seconds; what a loaded machine may need for what takes no time
 SCHED_DEADLINE = 6  # which the os module does not have
+F_SETPIPE_SZ = 1031  # not in fcntl before python 3.10
 
 LOG_LINE = re.compile(
     r"\[pid\] (?P<pid>\d+) \[tcomm\] \((?P<tcomm>.*)\) \[state\] (?P<state>[A-Za-z]) "
@@ -338,6 +339,15 @@ class SessionTestCase(unittest.TestCase):
         session.end_input()
         session.status = session.finish()
         return session
+
+    def full_pipe(self):
+        """The end for writing of a pipe that nobody reads and that takes no more."""
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        self.addCleanup(os.close, writer)
+        fcntl.fcntl(reader, F_SETPIPE_SZ, 4096)
+        os.write(writer, b"x" * 4096)
+        return writer
 
     def folder(self):
         """A temporary directory."""

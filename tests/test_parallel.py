@@ -8,7 +8,7 @@ import time
 import unittest
 
 from probes import probe_lines
-from support import (INFERENCE, MAIN, TINY, TOP, Process, SessionTestCase, processes,
+from support import (INFERENCE, MAIN, PATIENCE, TINY, TOP, Process, SessionTestCase, processes,
                      real_time_works, replies, threads_of, wait_until)
 
 PARALLEL = TOP / "parallel"
@@ -135,13 +135,16 @@ class FrontEndTest(SessionTestCase):
         """cpu% is that of all threads."""
         if len(os.sched_getaffinity(0)) < 2:
             self.skipTest("there is one CPU only")
-        # Real-time threads get two CPUs on a busy machine, too; others may get one for some time.
+        # Real-time threads get two CPUs even on a busy machine, others need idle ones.
         policy = ("-s", "FIFO") if real_time_works() else ()
-        session = self.start_pool("-m", 100, *policy, 42, directory=self.noise_model())
-        for _ in range(20):
+        session = self.start_pool("-m", 50, *policy, 42, directory=self.noise_model())
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
             session.ask("Go on.")
             if any(float(line["cpu"]) > 110 for line in session.log_lines):
                 return
+        if not policy:
+            self.skipTest("needs two idle CPUs, or CAP_SYS_NICE on a busy machine")
         self.fail(session.errors)
 
     def test_an_idle_chat_uses_no_cpu(self):

@@ -168,6 +168,13 @@ class RefusalTest(PolicyTestCase):
             self.assert_refused(("-s", "DEADLINE", "-D", times), "SCHED_DEADLINE",
                                 "runtime <= deadline <= period")
 
+    def test_a_refusal_that_nobody_reads_ends_the_chat(self):
+        """A full pipe behind stderr: rather the line is lost, with an engine that runs or without."""
+        log = self.full_pipe()
+        for options in (("-s", "FIFO"), ("-s", "DEADLINE", "-D", "2ms:1ms:1ms")):
+            session = self.chat(*options, 42, prepare=lambda: (drop_privilege(), os.dup2(log, 2)))
+            self.assertEqual(session.finish(), 1)
+
     def test_a_refused_default_is_no_reason_to_end(self):
         """Without -s and -n the engine keeps a policy of main's that it may not leave; nor is asking
         for just that one refused."""

@@ -8,8 +8,8 @@ import time
 import unittest
 from pathlib import Path
 
-from support import (AT_ONCE, INFERENCE, MAIN, PATIENCE, TINY, SessionTestCase, replies,
-                     wait_until)
+from support import (AT_ONCE, F_SETPIPE_SZ, INFERENCE, MAIN, PATIENCE, TINY, SessionTestCase,
+                     replies, wait_until)
 
 # Bodies of fake engines
 LOADING = """
@@ -336,9 +336,6 @@ class BellTest(PhaseTestCase):
         self.assertEqual(replies(session.text), replies(quiet.text))
 
 
-F_SETPIPE_SZ = 1031  # not in fcntl before python 3.10
-
-
 class ClosedFileTest(PhaseTestCase):
     def closed(self, redirections, said=""):
         return self.run_to_end("sh", "-c", f'exec "$0" -d "$1" 42 {redirections}', MAIN, TINY,
@@ -388,12 +385,8 @@ class ClosedFileTest(PhaseTestCase):
 
     def test_an_interrupt_ends_a_chat_whose_log_nobody_reads(self):
         """Likewise a full pipe behind stderr: rather a line of the log is lost."""
-        reader, log = os.pipe()
-        self.addCleanup(os.close, reader)
-        fcntl.fcntl(reader, F_SETPIPE_SZ, 4096)
+        log = self.full_pipe()
         session = self.start_fake(SLOW_REPLIES, prepare=lambda: os.dup2(log, 2))
-        os.write(log, b"x" * 4096)
-        os.close(log)
         session.send("Hello!\n")
         session.read_until("Well, ")
         time.sleep(0.5)  # a line of the log is due by now
