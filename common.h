@@ -58,11 +58,6 @@ __attribute__((format(printf, 1, 2))) static inline void complain(const char *fo
     }
 }
 
-// Would a line written there now be taken at once, or fail at once?
-static inline bool would_take(int fd) {
-    return poll(&(struct pollfd){.fd = fd, .events = POLLOUT}, 1, 0) == 1;
-}
-
 // Flushes stdout. Returns 0, or -1: quietly if nobody reads it any more or it was closed from the
 // beginning, and after a complaint otherwise.
 static inline int flush_output(void) {

@@ -197,6 +197,11 @@ static int set_policy_of_threads(pid_t pid, const SchedulingAttributes *attribut
     return result;
 }
 
+// Would a line written there now be taken at once, or fail at once?
+static bool would_take(int fd) {
+    return poll(&(struct pollfd){.fd = fd, .events = POLLOUT}, 1, 0) == 1;
+}
+
 // The causes are those of sched_setattr(2) and sched(7).
 static void complain_of_refusal(const SchedulingAttributes *attributes, int cause) {
     if (!would_take(STDERR_FILENO)) return; // nobody reads: rather lose the line than hang

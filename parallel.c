@@ -168,8 +168,8 @@ static void *thr_func(void *argument) {
         bool crowded = shares_cpu(worker, workers);
         pthread_mutex_unlock(&pool.lock);
 
-        // Not in the first pass, which packs the weights without a meeting: the front end may be
-        // giving the threads SCHED_DEADLINE, which takes an affinity of all CPUs.
+        // Not in the first pass, which packs the weights and meets at its end only: the front end
+        // may be giving the threads SCHED_DEADLINE just then, which takes an affinity of all CPUs.
         if (crowded && passes > 1) step_aside(workers);
         pass->work(pass, worker, workers);
         int spins = patience(worker, workers); // asked while the seat is still its own

@@ -31,7 +31,6 @@ INFERENCE = TOP / "inference"
 
 PATIENCE = 30  # seconds until a wait has failed; only a broken program ever waits that long
 AT_ONCE = 2    # seconds; what a loaded machine may need for what takes no time
-SCHED_DEADLINE = 6  # which the os module does not have
 F_SETPIPE_SZ = 1031  # not in fcntl before python 3.10
 
 LOG_LINE = re.compile(

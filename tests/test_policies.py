@@ -4,10 +4,11 @@ import resource
 import subprocess
 import sys
 import unittest
+from pathlib import Path
 
-from support import (LIBC, MAIN, SCHED_DEADLINE, TINY, SessionTestCase, real_time_works,
-                     threads_of, works)
+from support import LIBC, MAIN, TINY, SessionTestCase, real_time_works, threads_of, works
 
+SCHED_DEADLINE = 6  # not in the os module
 PR_CAPBSET_DROP, CAP_SYS_NICE = 24, 23
 TIMES = ("-D", "10ms:20ms:20ms")
 SHORT_TIMES = ("-D", "1ms:10ms:10ms")  # which three threads may have even of a single CPU
@@ -168,8 +169,18 @@ class RefusalTest(PolicyTestCase):
             self.assert_refused(("-s", "DEADLINE", "-D", times), "SCHED_DEADLINE",
                                 "runtime <= deadline <= period")
 
+    def test_more_deadlines_than_cpus_are_told(self):
+        """EBUSY: each thread asks for a whole CPU, the message speaks of all threads."""
+        self.need_all_cpus()
+        if Path("/proc/sys/kernel/sched_rt_runtime_us").read_text().strip() == "-1":
+            self.skipTest("this kernel is told to grant any deadline")
+        if os.cpu_count() > 64:
+            self.skipTest("there are CPUs for as many threads as there may be")
+        options = ("-j", min(os.cpu_count() + 1, 64), "-s", "DEADLINE", "-D", "20ms:20ms:20ms")
+        self.assert_refused(options, "SCHED_DEADLINE", "deadlines of all threads")
+
     def test_a_refusal_that_nobody_reads_ends_the_chat(self):
-        """A full pipe behind stderr: rather the line is lost, with an engine that runs or without."""
+        """A full pipe behind stderr: the line is lost instead, before the engine runs and after."""
         log = self.full_pipe()
         for options in (("-s", "FIFO"), ("-s", "DEADLINE", "-D", "2ms:1ms:1ms")):
             session = self.chat(*options, 42, prepare=lambda: (drop_privilege(), os.dup2(log, 2)))
