@@ -225,8 +225,6 @@ static inline void refuse_long_prompt(void) {
 // but for a stdout that nobody reads.
 typedef struct Session Session; // the engine's own
 typedef int Answer(Session *session, const char *prompt, size_t length);
-// What can be prepared while the user types, and else is done for the first prompt.
-typedef void Prepare(Session *session);
 
 // An engine is main's child exactly if its parent is the one that the environment names: the
 // variable alone may be inherited by anybody whom main's child starts.
@@ -244,7 +242,7 @@ static inline void tell_front_end(void) {
 // Serves the front end: takes what is in the pipe, and when nothing is, waits for SIGUSR1, which
 // main has blocked for us so that an early bell waits, too. A line is a prompt; the end of the pipe
 // means goodbye.
-static inline int serve_front_end(Answer *answer, Prepare *prepare, Session *session) {
+static inline int serve_front_end(Answer *answer, Session *session) {
     LineReader reader = {.fd = STDIN_FILENO};
     struct pollfd look = {.fd = STDIN_FILENO, .events = POLLIN};
     char prompt[MAX_PROMPT_LEN];
@@ -252,7 +250,6 @@ static inline int serve_front_end(Answer *answer, Prepare *prepare, Session *ses
     sigemptyset(&bell);
     sigaddset(&bell, SIGUSR1);
     tell_front_end(); // ready
-    prepare(session);
     for (;;) {
         int length = next_line(&reader, prompt);
         if (length == END_OF_INPUT) return 0;
@@ -270,14 +267,13 @@ static inline int serve_front_end(Answer *answer, Prepare *prepare, Session *ses
 }
 
 // Serves whoever started the engine by hand: prompts from stdin, one per line.
-static inline int serve_stdin(Answer *answer, Prepare *prepare, Session *session) {
+static inline int serve_stdin(Answer *answer, Session *session) {
     LineReader reader = {.fd = STDIN_FILENO};
     char prompt[MAX_PROMPT_LEN];
     bool marks = isatty(STDIN_FILENO);
     for (;;) {
         if (marks) fputs(PROMPT_MARK, stdout);
         if (flush_output() < 0) return -1;
-        prepare(session);
         int length;
         while ((length = next_line(&reader, prompt)) == NO_LINE_YET) fill(&reader);
         if (length == END_OF_INPUT) break;
@@ -290,10 +286,9 @@ static inline int serve_stdin(Answer *answer, Prepare *prepare, Session *session
 
 // Answers the prompts of the command line, or else those of the front end, or else those of stdin,
 // until there are no more. Returns 0, or -1 if the session ended before that.
-static inline int serve(Answer *answer, Prepare *prepare, Session *session, char **prompts,
-                        int count) {
-    if (count == 0 && is_child_of_front_end()) return serve_front_end(answer, prepare, session);
-    if (count == 0) return serve_stdin(answer, prepare, session);
+static inline int serve(Answer *answer, Session *session, char **prompts, int count) {
+    if (count == 0 && is_child_of_front_end()) return serve_front_end(answer, session);
+    if (count == 0) return serve_stdin(answer, session);
     for (int i = 0; i < count; i++) {
         size_t length = strlen(prompts[i]);
         if (length > MAX_PROMPT_LEN) refuse_long_prompt();

@@ -5,12 +5,14 @@ import itertools
 import os
 import random
 import resource
+import shutil
+import signal
 import struct
 import unittest
 
 from models import model_file
 from probes import RefusalTestCase, kernel_tables, probe, probe_lines
-from support import INFERENCE, TINY
+from support import INFERENCE, MAIN, TINY, SessionTestCase, wait_until
 
 HEADER = "<Ii7iBi"  # as in GOOD
 FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
@@ -233,11 +235,10 @@ class MemoryTest(RefusalTestCase):
     @unittest.skipIf("sanitize" in os.environ.get("PROBE_CFLAGS", ""),
                      "a sanitizer needs more addresses than the limits that make it fail")
     def test_too_little_memory_is_told(self):
-        """Whatever there is no memory for: the file, its panels, or what a pass works on."""
+        """Whatever there is no memory for: the weights, or what a pass works on."""
         folder = self.noise_model()
         size = os.path.getsize(folder / "model.bin")
-        for limit, what in ((size // 2, "mapping it"), (size * 3 // 2, "its weights"),
-                            (size * 2 + (16 << 20), "computing")):
+        for limit, what in ((size // 2, "its weights"), (size + (32 << 20), "computing")):
             with self.subTest(what):
                 session = self.run_to_end(
                     INFERENCE, "-d", folder, 42, "Hello!",
@@ -247,7 +248,7 @@ class MemoryTest(RefusalTestCase):
                 self.assertIn(str(folder / "model.bin"), session.errors)
 
     def test_the_weights_are_not_there_twice(self):
-        """The file's pages are let go as its weights are put into panels; with threads, too."""
+        """The file is read a row at a time; with threads, too."""
         path = model_file("--seed 1")
         for engine, threads in (("inference", 1), ("parallel", 3)):
             with self.subTest(engine):
@@ -255,6 +256,46 @@ class MemoryTest(RefusalTestCase):
                                     environment={"THREADS": str(threads)})
                 peak, size = map(int, line.split())
                 self.assertLess(peak, 1.2 * size)
+
+
+class ChangingFileTest(SessionTestCase):
+    """A model.bin that changes after, or while, it is loaded."""
+
+    def copy_of(self, model):
+        folder = self.folder()
+        shutil.copy(model / "model.bin", folder)
+        shutil.copy(TINY / "tokenizer.bin", folder)
+        return folder
+
+    def test_a_file_that_changes_after_loading_has_no_effect(self):
+        """Overwritten, cut to nothing and deleted, it changes no reply."""
+        for engine in ((), ("-j", 2)):
+            folder = self.copy_of(TINY)
+            path = folder / "model.bin"
+            session = self.start(MAIN, "-d", folder, *engine, 42)
+            self.assertEqual(session.ask("My name is Zelda."), "Hello Zelda! How can I help you?\n")
+            path.write_bytes(b"x" * path.stat().st_size)
+            session.ask("What is a pipe?")
+            os.truncate(path, 0)
+            path.unlink()
+            self.assertEqual(session.ask("What is my name?"), "Your name is Zelda.\n")
+
+    def test_a_file_that_shrinks_while_it_is_read(self):
+        """It ends the engine with one line."""
+        folder = self.copy_of(self.noise_model())
+        path = folder / "model.bin"
+        session = self.start(INFERENCE, "-d", folder, 42, "Hello!")
+
+        def read_so_far():
+            with open(f"/proc/{session.pid}/io") as counts:
+                return int(counts.readline().split()[1])
+        wait_until(lambda: read_so_far() > 1 << 20, "the engine reads the model")
+        session.signal(signal.SIGSTOP)
+        self.assertLess(read_so_far(), path.stat().st_size)
+        os.truncate(path, 1 << 20)
+        session.signal(signal.SIGCONT)
+        self.assertEqual((session.finish(), session.text), (1, ""))
+        self.assertRegex(session.errors, r"\A[^\n]*model\.bin: it ends too early[^\n]*\n\Z")
 
 
 if __name__ == "__main__":
