@@ -244,8 +244,8 @@ def find_model(folder):
 
 def announce(text, steps, seconds_per_step):
     minutes = sum(map(seconds_per_step, steps)) / 60
-    print(f"{text} It takes at most {minutes:.0f} minutes." if minutes >= 1.5 else
-          f"{text} It takes at most {60 * minutes:.0f} seconds.", flush=True)
+    print(f"{text} It should take at most {minutes:.0f} minutes." if minutes >= 1.5 else
+          f"{text} It should take at most {60 * minutes:.0f} seconds.", flush=True)
 
 
 def take(steps, seconds_per_step):
@@ -318,6 +318,10 @@ def column(runs, name, form="{:.1f}"):
     return spread(values, form) if values else ""
 
 
+def overlap(values, others):
+    return min(values) <= max(others) and min(others) <= max(values)
+
+
 def triple(values):
     return statistics.median(values), min(values), max(values)
 
@@ -369,7 +373,7 @@ def policy_conclusions(rows):
     for i, load in enumerate(LOADS, 1):
         ordered = sorted(rows, key=lambda row: median(row[i]))
         low, high = ordered[0], ordered[-1]
-        parts.append(f"{load.capitalize()}, {high[0]} has the highest speed "
+        parts.append(f"{load.capitalize()}, {high[0]} has the highest median speed "
                      f"({median(high[i]):.2f} tok/s) and {low[0]} the lowest "
                      f"({median(low[i]):.2f} tok/s).")
     parts.append("Of its speed alone, each keeps beside the load: " + "; ".join(
@@ -378,7 +382,7 @@ def policy_conclusions(rows):
     speeds = {policy: beside for policy, _, beside in rows}
     alike = [name for name, speed in speeds.items() if name.startswith("SCHED_OTHER")
              for other in [speeds.get(name.replace("OTHER", "BATCH"))]
-             if other and min(speed) <= max(other) and min(other) <= max(speed)]
+             if other and overlap(speed, other)]
     if alike:
         parts.append("Beside the load, the ranges of SCHED_BATCH and SCHED_OTHER overlap at "
                      + ", ".join(name.split(", ")[1] for name in alike) + ".")
@@ -456,13 +460,16 @@ def thread_table(runs, part):
 
 def thread_conclusions(runs):
     parts = []
-    for part in PARTS:
-        medians = {count: statistics.median(ups) for count, ups in speed_ups(runs, part).items()}
-        best = max(medians, key=medians.get)
-        last = THREADS[-1]
-        parts.append(f"For {part}, the highest speed is that of {best} threads, {medians[best]:.2f} "
-                     f"times that of one; {last} threads have {medians[last]:.2f} times.")
-    parts.append(f"{len(CPUS)} CPUs were usable. Efficiency is the speed-up by the number of threads.")
+    for part, name in zip(PARTS, ("Prompts are read", "Decoding is")):
+        ups = speed_ups(runs, part)
+        best = max(ups, key=lambda count: statistics.median(ups[count]))
+        parts.append(f"{name} fastest with {best} thread{'s' * (best > 1)}: "
+                     f"{statistics.median(ups[best]):.2f} times the speed of one (medians).")
+        similar = [str(count) for count in ups if count != best and overlap(ups[count], ups[best])]
+        if similar:
+            parts.append(f"The range of speeds overlaps with that of {', '.join(similar)} threads.")
+    parts.append(f"{len(CPUS)} CPUs were usable. Speed-up and efficiency are medians; efficiency is "
+                 "the speed-up divided by the number of threads.")
     return " ".join(parts)
 
 
