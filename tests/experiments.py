@@ -85,8 +85,8 @@ def busy_processes(cpus):
 
 
 def counters(pid):
-    """What the kernel has counted for a process: CPU times in seconds, involuntary context switches,
-    and migrations (None if the kernel does not report them)."""
+    """What the kernel has counted for a process: CPU times in seconds, involuntary context
+    switches, and migrations (None if the kernel does not report them)."""
     fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     status = Path(f"/proc/{pid}/status").read_text(errors="replace")
     switches = re.search(r"\nnonvoluntary_ctxt_switches:\s*(\d+)", status)[1]
@@ -139,9 +139,10 @@ class Session:
             self.process.wait()
 
     def engine(self):
-        """Wait until all threads of the engine sleep, as they do when the model is loaded; its pid."""
+        """The engine's pid, once all its threads sleep, as they do when the model is loaded."""
         while self.process.poll() is None:
-            for pid in [self.process.pid] if self.name == "parallel" else children(self.process.pid):
+            own = self.process.pid
+            for pid in [own] if self.name == "parallel" else children(own):
                 with contextlib.suppress(OSError):
                     stats = [(task / "stat").read_text(errors="replace")
                              for task in Path(f"/proc/{pid}/task").iterdir()]
@@ -156,7 +157,8 @@ class Session:
         return b" ".join(line for line in lines if not LOG_LINE.match(line)).decode()
 
     def ask(self, prompt, limit=600.0, cpus=()):
-        """The reply to a prompt, beside a load on these CPUs, until the limit in seconds is over."""
+        """The reply to a prompt, beside a load on these CPUs, as far as it comes within the limit
+        in seconds."""
         output = self.process.stdout.fileno()
         engine = self.engine()
         while select.select([output], [], [], 0)[0]:
@@ -291,7 +293,7 @@ def machine():
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     return {"machine": f"{platform.machine()}, {len(CPUS)} usable CPUs of {os.cpu_count()}",
-            "CPU": cpu[1] if cpu else "unknown", "kernel": f"{platform.system()} {platform.release()}",
+            "CPU": cpu[1] if cpu else "unknown", "kernel": f"Linux {platform.release()}",
             "commit": commit.strip()}
 
 
@@ -343,7 +345,7 @@ def measure_policy(plan, options, load, log):
 
 
 def policy_rows(runs):
-    """For each policy its runs alone, its runs beside the load, and why it was refused, if it was."""
+    """For each policy its runs alone, its runs beside the load, and why it was refused, or ""."""
     for policy, _ in POLICIES:
         mine = [run for run in runs if run["policy"] == policy]
         good = [[run for run in mine if run["load"] == load and "speed" in run] for load in LOADS]
@@ -391,15 +393,15 @@ def policy_conclusions(rows):
 
 def policies(options):
     plan = Plan(options, SHORT_PROMPT)
-    steps = [(run, load, policy) for run in range(1, plan.runs + 1) for load in LOADS
-             for policy, _ in POLICIES]
+    steps = [(run, policy, load) for run in range(1, plan.runs + 1) for policy, _ in POLICIES
+             for load in LOADS]
 
     def expected(step):
-        return plan.seconds + (plan.limit if step[1] == LOADS[1] else 0)
+        return plan.seconds + (plan.limit if step[2] == LOADS[1] else 0)
     announce(f"{len(POLICIES)} policies, alone and beside {len(CPUS)} busy processes, "
              f"{plan.runs} runs each, with {plan.model_name}.", steps, expected)
     runs = []
-    for run, load, policy in take(steps, expected):
+    for run, policy, load in take(steps, expected):
         figures = {"policy": policy, "load": load, "run": run}
         try:
             figures.update(measure_policy(plan, dict(POLICIES)[policy], load,
@@ -409,11 +411,13 @@ def policies(options):
         runs.append(figures)
 
     rows = list(policy_rows(runs))
-    notes = [f"\\* Not finished after {plan.limit:g} s and interrupted; the speed is that of the part "
-             "of the reply that came.\n"] if any(run.get("finished") is False for run in runs) else []
-    notes += [f"{policy}: {refused}\n" for policy, _, _, refused in rows if refused]
+    notes = [f"{policy}: {refused}\n" for policy, _, _, refused in rows if refused]
+    if any(run.get("finished") is False for run in runs):
+        notes.append(f"\\* Not finished after {plan.limit:g} s and interrupted; the speed is that "
+                     "of the part of the reply that came.\n")
     if not Path("/proc/self/sched").exists():
-        notes.append("This kernel does not count migrations: they are changes of task_cpu in the log.\n")
+        notes.append("This kernel does not count migrations; they are changes of task_cpu in the "
+                     "log.\n")
     title = f"Scheduling policies beside {len(CPUS)} busy processes"
     chart = bar_chart(f"{title}: decoding speed", "tok/s", LOADS, [
         (policy, [triple([run["speed"] for run in chosen]) if chosen else "refused"
@@ -455,7 +459,8 @@ def thread_table(runs, part):
         rows.append([count, column(chosen, "speed"), column(chosen, "user", "{:.2f}"),
                      column(chosen, "system", "{:.2f}"), f"{statistics.median(ups):.2f}",
                      f"{100 * statistics.median(ups) / count:.0f}%"])
-    return table([f"threads, {part}", "tok/s", "user, s", "system, s", "speed-up", "efficiency"], rows)
+    return table([f"threads, {part}", "tok/s", "user, s", "system, s", "speed-up", "efficiency"],
+                 rows)
 
 
 def thread_conclusions(runs):
@@ -468,8 +473,8 @@ def thread_conclusions(runs):
         similar = [str(count) for count in ups if count != best and overlap(ups[count], ups[best])]
         if similar:
             parts.append(f"The range of speeds overlaps with that of {', '.join(similar)} threads.")
-    parts.append(f"{len(CPUS)} CPUs were usable. Speed-up and efficiency are medians; efficiency is "
-                 "the speed-up divided by the number of threads.")
+    parts.append(f"{len(CPUS)} CPUs were usable. Speed-up and efficiency are medians; efficiency "
+                 "is the speed-up divided by the number of threads.")
     return " ".join(parts)
 
 
@@ -487,8 +492,8 @@ def threads(options):
             runs.append({"threads": count, "run": run, **figures})
     title = f"Threads on {len(CPUS)} CPUs"
     ups = [speed_ups(runs, part) for part in PARTS]
-    chart = bar_chart(f"{title}: speed-up over one thread", "times", PARTS,
-                      [(f"{count} threads", [triple(up[count]) for up in ups]) for count in THREADS])
+    chart = bar_chart(f"{title}: speed-up over one thread", "times", PARTS, [
+        (f"{count} threads", [triple(up[count]) for up in ups]) for count in THREADS])
     save(plan, title, [thread_table(runs, part) for part in PARTS], thread_conclusions(runs), runs,
          chart)
 
