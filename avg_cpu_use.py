@@ -108,7 +108,7 @@ def plot(name, samples, weighted):
                      for old, new in zip(samples, samples[1:]))
     yield (f"average {average(samples, weighted):.2f}%, minimum {min(uses):.2f}%, "
            f"median {statistics.median(uses):.2f}%, maximum {max(uses):.2f}%\n"
-           f"{len(samples)} samples, {len(prompts)} prompts, {migrations} migrations seen")
+           f"samples: {len(samples)}, prompts: {len(prompts)}, migrations seen: {migrations}")
 
 
 def write(out, logs, options):

@@ -244,10 +244,12 @@ def find_model(folder):
     return folder, "SmolLM-135M's shape, random weights, a vocabulary of 1024"
 
 
-def announce(text, steps, seconds_per_step):
-    minutes = sum(map(seconds_per_step, steps)) / 60
-    print(f"{text} It should take at most {minutes:.0f} minutes." if minutes >= 1.5 else
-          f"{text} It should take at most {60 * minutes:.0f} seconds.", flush=True)
+def announce(plan, text, steps, seconds_per_step):
+    """Print beforehand what the experiment does and how long it takes."""
+    seconds = sum(map(seconds_per_step, steps))
+    time_text = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+    print(f"{text}, {plan.runs} runs each. It should take at most {time_text}.\n"
+          f"The model: {plan.model_name}.", flush=True)
 
 
 def take(steps, seconds_per_step):
@@ -398,8 +400,8 @@ def policies(options):
 
     def expected(step):
         return plan.seconds + (plan.limit if step[2] == LOADS[1] else 0)
-    announce(f"{len(POLICIES)} policies, alone and beside {len(CPUS)} busy processes, "
-             f"{plan.runs} runs each, with {plan.model_name}.", steps, expected)
+    announce(plan, f"{len(POLICIES)} policies, alone and beside {len(CPUS)} busy processes", steps,
+             expected)
     runs = []
     for run, policy, load in take(steps, expected):
         figures = {"policy": policy, "load": load, "run": run}
@@ -484,8 +486,7 @@ def threads(options):
 
     def expected(_):
         return 2 * plan.seconds
-    announce(f"{len(THREADS)} numbers of threads, {plan.runs} runs each, with {plan.model_name}.",
-             steps, expected)
+    announce(plan, f"{len(THREADS)} numbers of threads", steps, expected)
     runs = []
     for run, count in take(steps, expected):
         for figures in measure_threads(plan, count, plan.log(count, "threads", run)):

@@ -158,7 +158,7 @@ class PlotTest(LogReaderTestCase):
         self.assertEqual(self.heights(bars), [64] * 23 + [32] * 23 + [16] * 23 + [1] * 23)
         self.assertEqual(cpus, ["4" * 92])
         self.assertEqual(figures, ["average 43.85%, minimum 0.40%, median 37.50%, maximum 100.00%",
-                                   "4 samples, 1 prompts, 0 migrations seen"])
+                                   "samples: 4, prompts: 1, migrations seen: 0"])
 
     def test_threads_get_a_scale_above_100(self):
         """The topmost label is the next multiple of 100%."""
@@ -172,17 +172,17 @@ class PlotTest(LogReaderTestCase):
         _, bars, cpus, figures = self.plot_of(content)
         self.assertEqual(self.heights(bars), [64] * 36 + [0] * 18 + [64] * 36)
         self.assertEqual(cpus, [" " * 54 + "1" * 36, "4" * 36 + " " * 18 + "2" * 36])
-        self.assertEqual(figures[1], "4 samples, 2 prompts, 1 migrations seen")
+        self.assertEqual(figures[1], "samples: 4, prompts: 2, migrations seen: 1")
 
     def test_short_replies_are_prompts_of_their_own(self):
         """A sample shorter than the interval ends its prompt."""
         content = line("90.00", 40) + line("90.00", 40) + steady([100, 100], utime=40)
-        self.assertEqual(self.plot_of(content)[3][1], "4 samples, 3 prompts, 0 migrations seen")
+        self.assertEqual(self.plot_of(content)[3][1], "samples: 4, prompts: 3, migrations seen: 0")
 
     def test_another_process_is_another_prompt(self):
         """Its CPU is no migration."""
         content = steady([50] * 3) + steady([50] * 3, pid=5, task_cpu=0)
-        self.assertEqual(self.plot_of(content)[3][1], "6 samples, 2 prompts, 0 migrations seen")
+        self.assertEqual(self.plot_of(content)[3][1], "samples: 6, prompts: 2, migrations seen: 0")
 
     def test_a_long_log_fits(self):
         """More samples than columns: a bar is the average of several; more prompts, likewise."""

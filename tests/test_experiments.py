@@ -71,7 +71,8 @@ class PolicyExperimentTest(ExperimentTestCase):
         for fact in (platform.release(), "commit: ", "seed: 42", "model: " + str(TINY)):
             self.assertIn(fact, report)
         self.assertIn(report[:report.index("![")].strip(), said)
-        self.assertRegex(said, r"\A.* It should take at most \d+ (seconds|minutes)\.\n")
+        self.assertRegex(said, r"\A.* It should take at most \d+ (seconds|minutes)\.\n"
+                                f"The model: {TINY}")
 
     def test_a_refused_policy_is_a_row_with_the_reason(self):
         """Without privilege the real-time policies are refused, and all others measured."""
