@@ -10,32 +10,18 @@ in Markdown, each run's figures as CSV, a chart, and for the policies the log of
 """
 import argparse
 import contextlib
-import csv
-import ctypes
-import os
-import platform
 import re
-import select
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from chart import bar_chart
+from measuring import CPUS, TESTS, TOP, Refused, Session
 from models import BUILD, model_file
+from report import column, overlap, save, table, triple
 
-TESTS = Path(__file__).resolve().parent
-TOP = TESTS.parent
-sys.path.insert(0, str(TOP))
-from avg_cpu_use import LOG_LINE, TICK, average, parse  # noqa: E402
-
-SEED = "42"
-CPUS = sorted(os.sched_getaffinity(0))
-INFO_LINE = re.compile(rb"\n\[INFO\] SEQ LEN: (\d+), Speed: (\d+\.\d+) tok/s\n")
-LIBC = ctypes.CDLL(None)
-PR_SET_PDEATHSIG = 1
+from avg_cpu_use import average, parse  # measuring has put the top folder on the path
 
 POLICIES = [(f"SCHED_{name}, nice {nice}", ("-s", name, "-n", str(nice)))
             for name in ("OTHER", "BATCH") for nice in (0, 2, 10, 19)]
@@ -49,154 +35,6 @@ SHORT_PROMPT = "Hello!"
 THREADS = (1, 2, 4, 6, 8, 10, 12, 16)
 PARTS = ("prompt", "decoding")
 LONG_PROMPT = "A process has an address space; a thread shares it with others. " * 20
-
-
-# ------------------------------------------------------------------------------------------------
-# Processes
-
-class Refused(Exception):
-    """A program ended before its reply did; the text is its own message."""
-
-
-def start(command, cpu=None, **options):
-    """A process that ends with this one, on one CPU if that is given."""
-    parent = os.getpid()
-
-    def before_exec():
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
-        if cpu is not None:
-            os.sched_setaffinity(0, [cpu])
-    return subprocess.Popen(command, preexec_fn=before_exec, **options)
-
-
-@contextlib.contextmanager
-def busy_processes(cpus):
-    """A process that computes all the time, on each of the CPUs. They stay in our session, as the
-    kernel's autogroups would give another one CPU time of its own."""
-    processes = [start(["sh", "-c", "while :; do :; done"], cpu) for cpu in cpus]
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
-def counters(pid):
-    """What the kernel has counted for a process: CPU times in seconds, involuntary context
-    switches, and migrations (None if the kernel does not report them)."""
-    fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    status = Path(f"/proc/{pid}/status").read_text(errors="replace")
-    switches = re.search(r"\nnonvoluntary_ctxt_switches:\s*(\d+)", status)[1]
-    migrations = None
-    with contextlib.suppress(OSError):
-        sched = Path(f"/proc/{pid}/sched").read_text()
-        migrations = int(re.search(r"nr_migrations\s*:\s*(\d+)", sched)[1])
-    return {"user": int(fields[11]) * TICK, "system": int(fields[12]) * TICK,
-            "switches": int(switches), "migrations": migrations}
-
-
-class Reply:
-    """The text that came for a prompt, the moments of its begin and end, the counters then."""
-    def __init__(self, engine):
-        self.engine = engine
-        self.text, self.info = b"", None  # info: SEQ LEN and Speed, if it was finished in time
-        self.at_prompt = self.at_first = counters(engine)
-        self.asked = self.first = time.monotonic()
-
-    @property
-    def length(self):
-        return int(self.info[1])
-
-    def tokens_per_second(self, whole):
-        """Speed, as the engine measured it. Of an unfinished reply, that of the part of the whole
-        text that came: same seed, same text."""
-        if self.info:
-            return float(self.info[2])
-        return whole.tokens * len(self.text) / len(whole.text) / (self.end - self.first or 1)
-
-
-class Session:
-    """./main or ./parallel on pipes, its stderr in a file."""
-    def __init__(self, program, *options, log):
-        self.name, self.log, self.interrupted = program, log, False
-        with open(log, "wb") as errors:
-            self.process = start([TOP / program, *options, SEED], stdin=subprocess.PIPE,
-                                 stdout=subprocess.PIPE, stderr=errors, bufsize=0)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.interrupted:
-            self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.communicate(timeout=10)  # the end of its input
-        finally:
-            self.process.kill()  # its engine ends with it
-            self.process.wait()
-
-    def engine(self):
-        """The engine's pid, once all its threads sleep, as they do when the model is loaded."""
-        while self.process.poll() is None:
-            own = self.process.pid
-            for pid in [own] if self.name == "parallel" else children(own):
-                with contextlib.suppress(OSError):
-                    stats = [(task / "stat").read_text(errors="replace")
-                             for task in Path(f"/proc/{pid}/task").iterdir()]
-                    if all(re.match(r"\d+ \((inference|parallel)\) S", stat) for stat in stats):
-                        return pid
-            time.sleep(0.005)
-        raise Refused(self.message())
-
-    def message(self):
-        """What it wrote to stderr besides the log."""
-        lines = self.log.read_bytes().splitlines()
-        return b" ".join(line for line in lines if not LOG_LINE.match(line)).decode()
-
-    def ask(self, prompt, limit=600.0, cpus=()):
-        """The reply to a prompt, beside a load on these CPUs, as far as it comes within the limit
-        in seconds."""
-        output = self.process.stdout.fileno()
-        engine = self.engine()
-        while select.select([output], [], [], 0)[0]:
-            if not os.read(output, 65536):  # all but the end is the prompt mark
-                raise Refused(self.message())
-        try:
-            with busy_processes(cpus):
-                reply = Reply(engine)
-                self.process.stdin.write(prompt.encode() + b"\n")
-                self.receive(reply, output, reply.asked + limit)
-                reply.end, reply.at_end = time.monotonic(), counters(engine)
-        except (BrokenPipeError, FileNotFoundError, ProcessLookupError):  # the engine has ended
-            self.process.wait(10)
-            raise Refused(self.message()) from None
-        self.interrupted = not reply.info
-        return reply
-
-    def receive(self, reply, output, deadline):
-        while not reply.info:
-            left = max(0, deadline - time.monotonic())
-            if not select.select([output], [], [], left)[0]:
-                return
-            data = os.read(output, 65536)
-            if not data:
-                raise BrokenPipeError
-            if not reply.text:
-                reply.first, reply.at_first = time.monotonic(), counters(reply.engine)
-            reply.text += data
-            reply.info = INFO_LINE.search(reply.text)
-        reply.text = reply.text[:reply.info.start()]
-
-
-def children(pid):
-    """The child processes of a process."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if int(stat.read_text(errors="replace").rpartition(")")[2].split()[1]) == pid:
-                yield int(stat.parent.name)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -230,10 +68,10 @@ class Plan:
 
 def find_model(folder):
     """The folder of the model, and what it is."""
-    if folder is None and (TOP / "model.bin").exists() and (TOP / "tokenizer.bin").exists():
-        folder = TOP
     if folder is not None:
-        return folder, f"{folder}/model.bin ({(folder / 'model.bin').stat().st_size} bytes)"
+        return folder, f"{folder}/model.bin, {(folder / 'model.bin').stat().st_size} bytes"
+    if (TOP / "model.bin").exists() and (TOP / "tokenizer.bin").exists():
+        return TOP, f"model.bin, {(TOP / 'model.bin').stat().st_size} bytes"
     folder = Path(BUILD) / "experiment-model"
     folder.mkdir(parents=True, exist_ok=True)
     model = Path(model_file("--vocab 1024"))
@@ -266,68 +104,6 @@ def take(steps, seconds_per_step):
         known[step[1:]] = time.monotonic() - begin
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------
-# The report
-
-def spread(values, form="{:.1f}"):
-    """Median (least-most)."""
-    texts = [form.format(value) for value in
-             (statistics.median(values), min(values), max(values))]
-    return texts[0] if len(values) == 1 else "{} ({}-{})".format(*texts)
-
-
-def table(head, rows):
-    """A table in Markdown whose columns are aligned in a terminal, too."""
-    rows = [[str(cell) for cell in row] for row in [head, ["---"] * len(head), *rows]]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "".join("| " + " | ".join(map(str.ljust, row, widths)) + " |\n" for row in rows)
-
-
-def machine():
-    """What a reader of a report has to know of the machine and the code."""
-    cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace")
-    cpu = re.search(r"model name\s*:\s*(.+)", cpuinfo)
-    try:
-        commit = subprocess.run(["git", "-C", TOP, "describe", "--always", "--dirty"], check=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return {"machine": f"{platform.machine()}, {len(CPUS)} usable CPUs of {os.cpu_count()}",
-            "CPU": cpu[1] if cpu else "unknown", "kernel": f"Linux {platform.release()}",
-            "commit": commit.strip()}
-
-
-def save(plan, title, tables, conclusions, runs, chart):
-    """Print the report and save it, with each run's figures and a chart."""
-    facts = {**machine(), "model": plan.model_name, "seed": SEED,
-             "prompt": f"{plan.prompt_tokens} tokens", "reply": f"{plan.whole.tokens + 1} tokens",
-             "runs": f"{plan.runs}; each cell is median (least-most)"}
-    text = "\n".join([f"# {title}\n", *(f"- {name}: {value}" for name, value in facts.items()),
-                      "", *tables, conclusions, ""])
-    print("\n" + text)
-    (plan.folder / "report.md").write_text(text + "\n![chart](chart.svg)\n", encoding="utf-8")
-    (plan.folder / "chart.svg").write_text(chart, encoding="utf-8")
-    with open(plan.folder / "runs.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for run in runs for name in run)))
-        writer.writeheader()
-        writer.writerows(runs)
-    print(f"Saved in {plan.folder}: report.md, runs.csv, chart.svg, logs.")
-
-
-def column(runs, name, form="{:.1f}"):
-    """The cell for a figure of several runs."""
-    values = [run[name] for run in runs if run.get(name) is not None]
-    return spread(values, form) if values else ""
-
-
-def overlap(values, others):
-    return min(values) <= max(others) and min(others) <= max(values)
-
-
-def triple(values):
-    return statistics.median(values), min(values), max(values)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -510,12 +286,16 @@ def main():
     parser.add_argument("--results", type=Path, default=TESTS / "results",
                         help="where the folder of the result is created (default: tests/results)")
     options = parser.parse_args()
+    if options.runs < 1 or options.tokens < 2:
+        parser.error("at least 1 run and 2 tokens are needed")
     try:
         {"policies": policies, "threads": threads}[options.experiment](options)
     except KeyboardInterrupt:
         sys.exit("\nInterrupted.")
     except Refused as message:
         sys.exit(f"The model cannot be run: {message}")
+    except OSError as error:
+        sys.exit(f"The experiment cannot go on: {error}")
 
 
 if __name__ == "__main__":

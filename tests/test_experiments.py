@@ -9,6 +9,7 @@ import xml.etree.ElementTree
 from types import SimpleNamespace
 
 import experiments
+from measuring import Reply
 from support import LOG_LINE, TESTS, TINY, SessionTestCase, wait_until
 from test_policies import drop_privilege
 
@@ -92,7 +93,7 @@ class PolicyExperimentTest(ExperimentTestCase):
         """A quarter of the text of 101 tokens in 5 s after the first byte: 5 tok/s."""
         whole = SimpleNamespace(tokens=100, text=b"x" * 400)
         part = SimpleNamespace(info=None, text=b"x" * 100, first=7.0, end=12.0)
-        speed = experiments.Reply.tokens_per_second
+        speed = Reply.tokens_per_second
         self.assertEqual(speed(part, whole), 5)
         nothing = SimpleNamespace(info=None, text=b"", first=0.0, end=20.0)
         self.assertEqual(speed(nothing, whole), 0)
