@@ -141,18 +141,19 @@ class ThreadExperimentTest(ExperimentTestCase):
 
 
 class EndTest(ExperimentTestCase):
-    def beside_the_load(self):
-        """A session of make policies on a terminal, at the moment when a load runs."""
+    def beside_the_load(self, **options):
+        """A session of make policies at the moment when a load runs."""
         session = self.start(*SCRIPT, "policies", "--model", self.noise_model(), "--results",
-                             self.folder(), "--tokens", 32, terminal=True,
-                             errors_to_terminal=True)
-        session.read_until("It should take", " s left: SCHED_OTHER, nice 0, beside the load")
-        wait_until(lambda: len(session.family()) >= 2 + len(experiments.CPUS), "a load runs")
+                             self.folder(), "--tokens", 32, **options)
+        session.read_until("It should take")
+        everything = 3 + len(experiments.CPUS)  # the script, main, the engine and the load
+        wait_until(lambda: len(session.family()) == everything, "a load runs")
         return session
 
     def test_an_interrupt_ends_everything(self):
-        """Ctrl-C: no traceback, nothing left running."""
-        session = self.beside_the_load()
+        """Ctrl-C: no traceback, nothing left running. The progress was shown until then."""
+        session = self.beside_the_load(terminal=True, errors_to_terminal=True)
+        session.read_until(" s left: SCHED_OTHER, nice 0, beside the load")
         session.send("\x03")
         self.assertEqual(session.finish(), 1)
         self.assertNotIn("Traceback", session.text)
