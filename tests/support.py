@@ -166,6 +166,10 @@ class Session:
             self.mark = self.output.find(wanted, self.mark) + len(wanted)
         return self.output[start:self.mark].decode(errors="replace").replace("\r\n", "\n")
 
+    def read_more(self):
+        """Wait for more output; false at its end."""
+        return self._receive(time.monotonic() + PATIENCE)
+
     def wait_for_log_lines(self, more):
         """Wait until the log has grown by so many lines."""
         count = self.errors.count("\n") + more
