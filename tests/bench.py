@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from models import BUILD, model_file
+from artifacts import BUILD, model_file
 
 TESTS = Path(__file__).resolve().parent
 TOP = TESTS.parent

@@ -1,6 +1,5 @@
-// probe.c - an engine opened up for the tests: what test_numbers.py and test_tokenizer.py call and
-// compare with the golden data, and the checks of every fast path against the plain recipe of
-// oracle.h.
+// probe.c - an engine opened up for the tests: what they compare with the golden data, and the
+// checks of every fast path against the plain recipe of oracle.h.
 //
 // With -DENGINE='"../parallel.c"' it opens that engine. THREADS in the environment is its thread
 // count.
@@ -75,6 +74,28 @@ static void golden(char **arguments, int count) {
     free(tokens);
     free_sampler(&sampler);
     free_transformer(&t);
+}
+
+// oracle MODEL SEED TEMPERATURE TOP_P SAMPLES TOKEN...: the same by the oracle, token by token
+static void golden_oracle(char **arguments, int count) {
+    OracleModel m;
+    if (count < 6 || oracle_load(&m, arguments[0]) < 0) fail("oracle: bad arguments");
+    OracleSampler sampler = {.state = strtoull(arguments[1], NULL, 10),
+                             .temperature = strtof(arguments[2], NULL),
+                             .top_p = strtof(arguments[3], NULL)};
+    int n = count - 5, samples = atoi(arguments[4]), vocab_size = m.shape.vocab_size;
+    for (int i = 0; i < n; i++) {
+        oracle_forward(&m, atoi(arguments[5 + i]), i);
+        printf("logits %016llx\n", (unsigned long long)hash_logits(m.logits, vocab_size));
+    }
+    printf("first %a %a %a %a\n", m.logits[0], m.logits[1], m.logits[2], m.logits[3]);
+    for (int i = 0; i < samples; i++) {
+        int token = oracle_sample(&sampler, m.logits, vocab_size);
+        printf("sample %d\n", token);
+        oracle_forward(&m, token, n + i);
+    }
+    printf("final %016llx\n", (unsigned long long)hash_logits(m.logits, vocab_size));
+    oracle_free(&m);
 }
 
 // window MODEL: the logits of every token against the oracle's until the window is full, in passes
@@ -385,6 +406,70 @@ static void check_sampler(void) {
     puts("the sampler agrees with the oracle");
 }
 
+// sample SEED TEMPERATURE TOP_P COUNT LOGIT...: ids drawn from the same logits again and again
+static void print_samples(char **arguments, int count) {
+    Sampler s;
+    int n = count - 4;
+    if (n < 1) fail("sample: bad arguments");
+    float *logits = oracle_alloc((size_t)n, sizeof(float));
+    build_sampler(&s, n, strtof(arguments[1], NULL), strtof(arguments[2], NULL),
+                  strtoull(arguments[0], NULL, 10));
+    for (int draw = 0; draw < atoi(arguments[3]); draw++) {
+        for (int i = 0; i < n; i++) logits[i] = strtof(arguments[4 + i], NULL);
+        printf("%d\n", sample(&s, logits));
+    }
+    free_sampler(&s);
+    free(logits);
+}
+
+// expf X...: e^x of each
+static void print_exponentials(char **arguments, int count) {
+    const Kernels *kernels = choose_kernels();
+    float *x = oracle_alloc((size_t)count, sizeof(float));
+    for (int i = 0; i < count; i++) x[i] = strtof(arguments[i], NULL);
+    kernels->exp_minus(x, (size_t)count, 0);
+    for (int i = 0; i < count; i++) printf("%a\n", (double)x[i]);
+    free(x);
+}
+
+// exp_table: the bits of its entries
+static void print_exp_table(void) {
+    for (int i = 0; i < 32; i++) printf("%016llx\n", (unsigned long long)exp_table[i]);
+}
+
+// rollover DIR: a chat until the context window has rolled over some times. After each time the
+// last tokens are computed once more from the KV cache, and the logits must be those of a
+// transformer that computes what is left of the conversation from its first token.
+static void check_rollover(const char *dir) {
+    enum { LAST = 8 }; // fewer than the tokens of any turn, and more than are not in the cache yet
+    char path[4096];
+    Session s;
+    Transformer fresh;
+    Settings settings = DEFAULT_SETTINGS;
+    settings.dir = dir;
+    snprintf(path, sizeof(path), "%s/model.bin", dir);
+    if (build_session(&s, &settings) < 0 || build_transformer(&fresh, path) < 0) exit(1);
+    start_engine_threads();
+    int output = dup(STDOUT_FILENO), turns = 0;
+    if (freopen("/dev/null", "w", stdout) == NULL) fail("rollover: no /dev/null"); // the replies
+    for (int rollovers = 0, length = 0; rollovers < 2; turns++, length = s.length) {
+        const char *prompt = turns % 2 ? "Tell me a story." : "What is a thread?";
+        if (generate(&s, prompt, strlen(prompt)) < 0) fail("rollover: no reply");
+        if (s.length >= length) continue;
+        rollovers++;
+        if (s.ids[0] != s.tokenizer.im_start) fail("rollover: what is left is not whole turns");
+        int from = s.length - LAST;
+        const float *cached = forward(&s.transformer, s.ids + from, LAST, from);
+        const float *expected = forward(&fresh, s.ids, s.length, 0);
+        if (memcmp(cached, expected, (size_t)fresh.config.vocab_size * sizeof(float)) != 0)
+            fail("rollover: the KV cache does not hold the conversation");
+    }
+    dprintf(output, "%d turns\n", turns);
+    end_engine_threads();
+    free_session(&s);
+    free_transformer(&fresh);
+}
+
 // tables: the names of the kernel tables that this machine can run, the best first
 static void print_tables(void) {
     const Kernels *usable[MAX_TABLES];
@@ -438,6 +523,11 @@ static void print_classes(const char *path, int vocab_size) {
 int main(int argc, char **argv) {
     const char *command = argc > 1 ? argv[1] : "";
     if (strcmp(command, "golden") == 0) golden(argv + 2, argc - 2);
+    else if (strcmp(command, "oracle") == 0) golden_oracle(argv + 2, argc - 2);
+    else if (strcmp(command, "rollover") == 0 && argc == 3) check_rollover(argv[2]);
+    else if (strcmp(command, "sample") == 0) print_samples(argv + 2, argc - 2);
+    else if (strcmp(command, "expf") == 0) print_exponentials(argv + 2, argc - 2);
+    else if (strcmp(command, "exp_table") == 0) print_exp_table();
     else if (strcmp(command, "window") == 0 && argc == 3) check_window(argv[2]);
     else if (strcmp(command, "encode") == 0 && argc == 4) encode_texts(argv[2], atoi(argv[3]));
     else if (strcmp(command, "classes") == 0 && argc == 4) print_classes(argv[2], atoi(argv[3]));
@@ -448,8 +538,6 @@ int main(int argc, char **argv) {
     else if (strcmp(command, "rope") == 0 && argc == 3) hash_rope(atoi(argv[2]));
     else if (strcmp(command, "exp") == 0 && argc == 3) check_exp((uint32_t)atoi(argv[2]));
     else if (strcmp(command, "sampler") == 0) check_sampler();
-    else
-        fail("Usage: probe "
-             "golden|window|encode|classes|load|memory|tables|kernels|rope|exp|sampler ...");
+    else fail("Usage: probe COMMAND ...; each command is described above its function");
     return 0;
 }

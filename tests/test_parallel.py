@@ -6,10 +6,9 @@ import signal
 import time
 import unittest
 
-from support import (INFERENCE, MAIN, PATIENCE, TINY, TOP, Process, SessionTestCase, processes,
+from support import (INFERENCE, MAIN, PARALLEL, PATIENCE, TINY, Process, SessionTestCase, processes,
                      real_time_works, replies, threads_of, wait_until)
 
-PARALLEL = TOP / "parallel"
 PROMPTS = ("My name is Zelda.", "Tell me a story.", "What is my name?")
 USAGE = re.compile(r"(?:Thread (\d+) has completed|main thread|Whole process)"
                    r" - user: \d+\.\d{4} s, system: \d+\.\d{4} s")
