@@ -45,7 +45,7 @@
 
 // Prints one line on stderr. In normal use stderr is the log, so when the user would miss it there
 // (stderr redirected, stdout a terminal) the line appears on stdout, too.
-__attribute__((format(printf, 1, 2))) static inline void complain(const char *format, ...) {
+__attribute__((format(printf, 1, 2))) static inline void report_error(const char *format, ...) {
     va_list arguments;
     bool on_stdout = isatty(STDOUT_FILENO) && !isatty(STDERR_FILENO);
     for (int i = 0; i <= on_stdout; i++) {
@@ -62,21 +62,23 @@ __attribute__((format(printf, 1, 2))) static inline void complain(const char *fo
 // beginning, and after a complaint otherwise.
 static inline int flush_output(void) {
     if (fflush(stdout) != EOF) return 0;
-    if (errno != EPIPE && errno != EBADF) complain("Cannot write the output: %s.", strerror(errno));
+    if (errno != EPIPE && errno != EBADF)
+        report_error("Cannot write the output: %s.", strerror(errno));
     return -1;
 }
 
 // Opens whatever of stdin, stdout and stderr the caller's parent has closed, so that no pipe or
 // file opened later gets its number. Each is opened for the wrong direction: using it still fails.
-static inline void hold_standard_files(void) {
+static inline void reserve_standard_fds(void) {
     for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY);
 }
 
-// Seconds on a clock that nobody sets back.
-static inline double seconds(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
+// Returns the time of a clock in seconds: CLOCK_MONOTONIC, which nobody sets back, or a process's
+// CPU time; 0 if there is no such clock.
+static inline double seconds(clockid_t clock) {
+    struct timespec time = {0};
+    clock_gettime(clock, &time);
     return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
 }
 
@@ -126,37 +128,37 @@ static inline bool parse_seed(const char *text, unsigned long long *seed) {
 }
 
 // Takes one option of SETTINGS_OPTIONS. False, after a complaint, if its value will not do.
-static inline bool take_setting(Settings *settings, int option, const char *value) {
+static inline bool parse_setting(Settings *settings, int option, const char *value) {
     long tokens = settings->max_new_tokens;
-    bool good = true;
+    bool valid = true;
     switch (option) {
-    case 'd': settings->dir = value, good = *value != '\0'; break;
+    case 'd': settings->dir = value, valid = *value != '\0'; break;
     case 't':
-        good = parse_float(value, 0, 100, &settings->temperature) &&
-               (settings->temperature == 0 || settings->temperature >= 0.01f);
+        valid = parse_float(value, 0, 100, &settings->temperature) &&
+                (settings->temperature == 0 || settings->temperature >= 0.01f);
         break;
-    case 'p': good = parse_float(value, 0, 1, &settings->top_p); break;
-    case 'm': good = parse_integer(value, 1, 1000000, &tokens); break;
+    case 'p': valid = parse_float(value, 0, 1, &settings->top_p); break;
+    case 'm': valid = parse_integer(value, 1, 1000000, &tokens); break;
     default:
-        complain(option == ':' ? "-%c needs a value." : "-%c is not an option.", optopt);
+        report_error(option == ':' ? "-%c needs a value." : "-%c is not an option.", optopt);
         return false;
     }
     settings->max_new_tokens = (int)tokens;
-    if (!good) complain("-%c %s: this value is not in the option's range.", option, value);
-    return good;
+    if (!valid) report_error("-%c %s: this value is not in the option's range.", option, value);
+    return valid;
 }
 
 // Reads an engine's options; getopt(3) leaves optind at the first argument that is none ("+": what
 // comes behind it, a prompt perhaps, is none either). False, after a complaint, at a mistake.
 static inline bool parse_settings(Settings *settings, int argc, char **argv) {
-    bool good = true;
+    bool valid = true;
     for (int option; (option = getopt(argc, argv, "+:" SETTINGS_OPTIONS)) != -1;)
-        good = take_setting(settings, option, optarg) && good;
-    return good;
+        valid = parse_setting(settings, option, optarg) && valid;
+    return valid;
 }
 
 // A seed of 0 becomes one from the clock, which is told so that the reply can be had again.
-static inline void settle_seed(Settings *settings) {
+static inline void choose_seed(Settings *settings) {
     if (settings->seed != 0) return;
     struct timespec time;
     clock_gettime(CLOCK_REALTIME, &time);
@@ -179,7 +181,7 @@ typedef struct {
 enum { NO_LINE_YET = -1, LINE_TOO_LONG = -2, END_OF_INPUT = -3 };
 
 // Calls read(2) once; call it when poll(2) says that it would not wait, or to wait.
-static inline void fill(LineReader *reader) {
+static inline void read_more(LineReader *reader) {
     ssize_t count =
         read(reader->fd, reader->buffer + reader->length, sizeof(reader->buffer) - reader->length);
     if (count > 0) reader->length += (size_t)count;
@@ -209,7 +211,7 @@ static inline int next_line(LineReader *reader, char *line) {
 }
 
 // Part of the conversation, so it goes to stdout.
-static inline void refuse_long_prompt(void) {
+static inline void reject_long_prompt(void) {
     printf("The prompt is longer than %d bytes and was not used. Please shorten it.\n",
            MAX_PROMPT_LEN);
 }
@@ -237,7 +239,7 @@ static inline bool is_child_of_front_end(void) {
 }
 
 // First the fact, then the bell.
-static inline void tell_front_end(void) {
+static inline void notify_front_end(void) {
     if (write(RETURN_FD, "", 1) == 1) kill(getppid(), SIGUSR2);
 }
 
@@ -251,7 +253,7 @@ static inline int serve_front_end(Answer *answer, Prepare *prepare, Session *ses
     sigset_t bell;
     sigemptyset(&bell);
     sigaddset(&bell, SIGUSR1);
-    tell_front_end(); // ready
+    notify_front_end(); // ready
     prepare(session);
     for (;;) {
         int length = next_line(&reader, prompt);
@@ -260,9 +262,9 @@ static inline int serve_front_end(Answer *answer, Prepare *prepare, Session *ses
             if (answer(session, prompt, (size_t)length) < 0) return -1;
             // The reply is complete and flushed before main hears of it, so that the next prompt
             // mark can't overtake the text.
-            tell_front_end();
+            notify_front_end();
         } else if (poll(&look, 1, 0) == 1) {
-            fill(&reader);
+            read_more(&reader);
         } else {
             sigwaitinfo(&bell, NULL);
         }
@@ -279,9 +281,9 @@ static inline int serve_stdin(Answer *answer, Prepare *prepare, Session *session
         if (flush_output() < 0) return -1;
         prepare(session);
         int length;
-        while ((length = next_line(&reader, prompt)) == NO_LINE_YET) fill(&reader);
+        while ((length = next_line(&reader, prompt)) == NO_LINE_YET) read_more(&reader);
         if (length == END_OF_INPUT) break;
-        if (length == LINE_TOO_LONG) refuse_long_prompt();
+        if (length == LINE_TOO_LONG) reject_long_prompt();
         else if (length > 0 && answer(session, prompt, (size_t)length) < 0) return -1;
     }
     if (marks) fputc('\n', stdout);
@@ -296,7 +298,7 @@ static inline int serve(Answer *answer, Prepare *prepare, Session *session, char
     if (count == 0) return serve_stdin(answer, prepare, session);
     for (int i = 0; i < count; i++) {
         size_t length = strlen(prompts[i]);
-        if (length > MAX_PROMPT_LEN) refuse_long_prompt();
+        if (length > MAX_PROMPT_LEN) reject_long_prompt();
         else if (answer(session, prompts[i], length) < 0) return -1;
     }
     return 0;

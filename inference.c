@@ -12,21 +12,22 @@ static void run_pass(const Pass *pass) { pass->work(pass, 0, 1); }
 static void meet(int worker, int workers) { (void)worker, (void)workers; }
 
 _Noreturn static void usage(const char *program) {
-    complain("Usage: %s " SETTINGS_USAGE " <seed> [\"prompt\" ...]\n" SETTINGS_HELP
-             "\n  prompt              answered in turn; without one, prompts are read from stdin",
-             program);
+    report_error(
+        "Usage: %s " SETTINGS_USAGE " <seed> [\"prompt\" ...]\n" SETTINGS_HELP
+        "\n  prompt              answered in turn; without one, prompts are read from stdin",
+        program);
     exit(2);
 }
 
 int main(int argc, char **argv) {
-    hold_standard_files();
+    reserve_standard_fds();
     Settings settings = DEFAULT_SETTINGS;
     if (!parse_settings(&settings, argc, argv)) usage(argv[0]);
     if (optind == argc || !parse_seed(argv[optind], &settings.seed)) {
-        complain(optind == argc ? "The seed is missing." : "%s is not a seed.", argv[optind]);
+        report_error(optind == argc ? "The seed is missing." : "%s is not a seed.", argv[optind]);
         usage(argv[0]);
     }
-    settle_seed(&settings);
+    choose_seed(&settings);
 
     Session session;
     if (build_session(&session, &settings) < 0) return 1;

@@ -30,7 +30,7 @@ typedef struct {
 } Options;
 
 _Noreturn static void usage(const char *program) {
-    complain(
+    report_error(
         "Usage: %s [-s policy] [-n nice] [-r priority] [-D runtime:deadline:period] [-j threads]\n"
         "       " SETTINGS_USAGE " [seed]\n"
         "  -s policy           SCHED_OTHER (the default), SCHED_BATCH or SCHED_IDLE, with -n;\n"
@@ -70,44 +70,44 @@ static bool parse_time(const char **text, char end, uint64_t *nanoseconds) {
 #define POLICY_OPTIONS "s:n:r:D:j:" // main's own, for getopt(3)
 
 // Takes one of them. False, after a complaint, if its value will not do.
-static bool take_policy_option(Options *options, int option, const char *value) {
+static bool parse_policy_option(Options *options, int option, const char *value) {
     SchedulingAttributes *attributes = &options->attributes;
     long number = 0;
-    bool good = true;
+    bool valid = true;
     switch (option) {
     case 's':
         options->policy_given = true;
         number = find_policy(value);
-        if ((good = number >= 0)) attributes->policy = (uint32_t)number;
+        if ((valid = number >= 0)) attributes->policy = (uint32_t)number;
         break;
     case 'n':
         options->nice_given = true;
-        if ((good = parse_integer(value, -20, 19, &number))) attributes->nice = (int32_t)number;
+        if ((valid = parse_integer(value, -20, 19, &number))) attributes->nice = (int32_t)number;
         break;
     case 'r':
         options->priority_given = true;
-        if ((good = parse_integer(value, 1, 99, &number))) attributes->priority = (uint32_t)number;
+        if ((valid = parse_integer(value, 1, 99, &number))) attributes->priority = (uint32_t)number;
         break;
     case 'D': {
         options->times_given = true;
         const char *text = value;
-        good = parse_time(&text, ':', &attributes->runtime) &&
-               parse_time(&text, ':', &attributes->deadline) &&
-               parse_time(&text, '\0', &attributes->period);
+        valid = parse_time(&text, ':', &attributes->runtime) &&
+                parse_time(&text, ':', &attributes->deadline) &&
+                parse_time(&text, '\0', &attributes->period);
         break;
     }
     case 'j':
         options->threads = value;
-        good = parse_integer(value, 1, MAX_THREADS, &number);
+        valid = parse_integer(value, 1, MAX_THREADS, &number);
         break;
     }
-    if (!good) complain("-%c %s: this value is not in the option's range.", option, value);
-    return good;
+    if (!valid) report_error("-%c %s: this value is not in the option's range.", option, value);
+    return valid;
 }
 
 // Every policy has parameters of its own. One that belongs to another policy is a mistake to tell,
 // and one that was not given has a default.
-static bool settle_policy(Options *options) {
+static bool check_policy(Options *options) {
     SchedulingAttributes *attributes = &options->attributes;
     const char *name = policy_names[attributes->policy];
     bool real_time = attributes->policy == SCHED_FIFO || attributes->policy == SCHED_RR;
@@ -119,7 +119,7 @@ static bool settle_policy(Options *options) {
                           : deadline && !options->times_given ? "needs -D runtime:deadline:period"
                                                               : NULL;
     if (mistake) {
-        complain("%s %s.", name, mistake);
+        report_error("%s %s.", name, mistake);
         return false;
     }
     // sched_setattr(2) sets the nice value along with the policy: "unchanged" is main's own.
@@ -133,28 +133,28 @@ static bool settle_policy(Options *options) {
 static Options parse_options(int argc, char **argv) {
     Options options = {.settings = DEFAULT_SETTINGS,
                        .attributes.size = sizeof(SchedulingAttributes)};
-    bool good = true;
+    bool valid = true;
     char **argument = options.engine_arguments = calloc((size_t)argc + 4, sizeof(char *));
     if (argument == NULL) exit(1);
     argument++; // the engine's own name is filled in last, when it is known
     for (int option; (option = getopt(argc, argv, ":" POLICY_OPTIONS SETTINGS_OPTIONS)) != -1;) {
         if (strchr(POLICY_OPTIONS, option) && option != ':')
-            good = take_policy_option(&options, option, optarg) && good;
+            valid = parse_policy_option(&options, option, optarg) && valid;
         else
-            good = take_setting(&options.settings, option, optarg) &&
-                   asprintf(argument++, "-%c%s", option, optarg) > 0 && good;
+            valid = parse_setting(&options.settings, option, optarg) &&
+                    asprintf(argument++, "-%c%s", option, optarg) > 0 && valid;
     }
     if (optind < argc && !parse_seed(argv[optind], &options.settings.seed)) {
-        complain("%s is not a seed.", argv[optind]);
-        good = false;
+        report_error("%s is not a seed.", argv[optind]);
+        valid = false;
     }
     if (argc - optind > 1) {
-        complain("Only one seed is taken, and nothing behind it.");
-        good = false;
+        report_error("Only one seed is taken, and nothing behind it.");
+        valid = false;
     }
-    if (!good || !settle_policy(&options)) usage(argv[0]);
+    if (!valid || !check_policy(&options)) usage(argv[0]);
 
-    settle_seed(&options.settings);
+    choose_seed(&options.settings);
     options.engine_arguments[0] = options.threads ? "parallel" : "inference";
     if (options.threads) *argument++ = (char *)options.threads;
     if (asprintf(argument, "%llu", options.settings.seed) < 0) exit(1);
@@ -198,13 +198,13 @@ static int set_policy_of_threads(pid_t pid, const SchedulingAttributes *attribut
 }
 
 // Would a line written there now be taken at once, or fail at once?
-static bool would_take(int fd) {
+static bool can_write(int fd) {
     return poll(&(struct pollfd){.fd = fd, .events = POLLOUT}, 1, 0) == 1;
 }
 
 // The causes are those of sched_setattr(2) and sched(7).
-static void complain_of_refusal(const SchedulingAttributes *attributes, int cause) {
-    if (!would_take(STDERR_FILENO)) return; // nobody reads: rather lose the line than hang
+static void report_policy_error(const SchedulingAttributes *attributes, int cause) {
+    if (!can_write(STDERR_FILENO)) return; // nobody reads: rather lose the line than hang
     bool deadline = attributes->policy == SCHED_DEADLINE;
     const char *advice = "see sched_setattr(2)";
     if (cause == EPERM && deadline)
@@ -224,8 +224,8 @@ static void complain_of_refusal(const SchedulingAttributes *attributes, int caus
     char nice[40] = "";
     if (!deadline && !real_time)
         snprintf(nice, sizeof(nice), " with the nice value %d", (int)attributes->nice);
-    complain("The kernel refuses %s%s (%s): %s.", policy_names[attributes->policy], nice,
-             strerror(cause), advice);
+    report_error("The kernel refuses %s%s (%s): %s.", policy_names[attributes->policy], nice,
+                 strerror(cause), advice);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -235,25 +235,19 @@ typedef struct {
     clockid_t cpu_clock; // the engine's CPU time, of all its threads: clock_getcpuclockid(3)
     double cpu_time;     // seconds on that clock ...
     double time;         // ... and on everybody's, when the last sample was taken
-    bool told;           // a line has been written since the prompt
+    bool logged;         // a line has been written since the prompt
 } CpuMeter;
 
-static double cpu_seconds(clockid_t clock) {
-    struct timespec time = {0};
-    clock_gettime(clock, &time);
-    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
-}
-
 static void start_sampling(CpuMeter *meter) {
-    meter->cpu_time = cpu_seconds(meter->cpu_clock);
-    meter->time = seconds();
-    meter->told = false;
+    meter->cpu_time = seconds(meter->cpu_clock);
+    meter->time = seconds(CLOCK_MONOTONIC);
+    meter->logged = false;
 }
 
 // Writes one line of the log. utime and stime are in clock ticks, vsize is in bytes. The name,
 // field 2, may hold spaces and parentheses, so what follows it is found behind the last ')'.
 static void log_sample(CpuMeter *meter, pid_t pid) {
-    if (!would_take(STDERR_FILENO)) return; // nobody reads the log: rather lose a line than hang
+    if (!can_write(STDERR_FILENO)) return; // nobody reads the log: rather lose a line than hang
     char path[64], stat[4096];
     snprintf(path, sizeof(path), "/proc/%d/stat", (int)pid);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -270,7 +264,7 @@ static void log_sample(CpuMeter *meter, pid_t pid) {
         if ((field[i] = strtok_r(rest, " \n", &space)) == NULL) return;
         else rest = NULL;
 
-    double cpu_time = cpu_seconds(meter->cpu_clock), time = seconds();
+    double cpu_time = seconds(meter->cpu_clock), time = seconds(CLOCK_MONOTONIC);
     double percent = 100 * (cpu_time - meter->cpu_time) / (time - meter->time);
     unsigned policy = (unsigned)atoi(field[POLICY]);
     const char *policy_name = policy < POLICY_COUNT ? policy_names[policy] : NULL;
@@ -282,7 +276,7 @@ static void log_sample(CpuMeter *meter, pid_t pid) {
             field[UTIME], field[STIME], percent);
     meter->cpu_time = cpu_time;
     meter->time = time;
-    meter->told = true;
+    meter->logged = true;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -311,8 +305,8 @@ static void engine_path(char path[PATH_MAX], const char *name) {
 
 // The child's side of fork(2). Between fork and exec it is still main: it takes the pipes' ends,
 // gives up main's signal settings, and waits at the gate until main has set its policy.
-_Noreturn static void become_engine(const char *path, const Options *options, pid_t front_end,
-                                    int gate, int prompts, int returns, const SignalState *before) {
+_Noreturn static void exec_engine(const char *path, const Options *options, pid_t front_end,
+                                  int gate, int prompts, int returns, const SignalState *before) {
     // The engine must not outlive main, not even if main is killed, or was before this call.
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (getppid() != front_end) _exit(1);
@@ -333,7 +327,7 @@ _Noreturn static void become_engine(const char *path, const Options *options, pi
     sigprocmask(SIG_SETMASK, &mask, NULL);
 
     execv(path, options->engine_arguments);
-    complain("Cannot execute %s (%s). Build it with: make", path, strerror(errno));
+    report_error("Cannot execute %s (%s). Build it with: make", path, strerror(errno));
     _exit(1);
 }
 
@@ -342,25 +336,25 @@ static int start_engine(Child *child, const Options *options, const SignalState 
     char path[PATH_MAX];
     engine_path(path, options->engine_arguments[0]);
     if (access(path, X_OK) < 0) {
-        complain("Cannot execute %s (%s). Build it with: make", path, strerror(errno));
+        report_error("Cannot execute %s (%s). Build it with: make", path, strerror(errno));
         return -1;
     }
     int prompts[2], returns[2], gate[2];
     if (pipe2(prompts, O_CLOEXEC) < 0 || pipe2(returns, O_CLOEXEC) < 0 ||
         pipe2(gate, O_CLOEXEC) < 0) {
-        complain("Cannot make a pipe: %s.", strerror(errno));
+        report_error("Cannot make a pipe: %s.", strerror(errno));
         return -1;
     }
     fcntl(returns[0], F_SETFL, O_NONBLOCK);
     pid_t front_end = getpid();
     child->pid = fork();
     if (child->pid < 0) {
-        complain("Cannot start the engine's process: %s.", strerror(errno));
+        report_error("Cannot start the engine's process: %s.", strerror(errno));
         return -1;
     }
     if (child->pid == 0) {
         close(gate[1]); // or else the child would wait for itself when main dies
-        become_engine(path, options, front_end, gate[0], prompts[0], returns[1], before);
+        exec_engine(path, options, front_end, gate[0], prompts[0], returns[1], before);
     }
     close(prompts[0]);
     close(returns[1]);
@@ -373,12 +367,12 @@ static int start_engine(Child *child, const Options *options, const SignalState 
     bool wanted = options->policy_given || options->nice_given;
     if (options->attributes.policy != SCHED_DEADLINE &&
         set_policy(child->pid, &options->attributes) < 0 && wanted) {
-        complain_of_refusal(&options->attributes, errno);
+        report_policy_error(&options->attributes, errno);
         close(gate[1]); // the child sees the end of the pipe and exits
         waitpid(child->pid, NULL, 0);
         return -1;
     }
-    if (write(gate[1], "", 1) < 0) complain("Cannot wake the engine: %s.", strerror(errno));
+    if (write(gate[1], "", 1) < 0) report_error("Cannot wake the engine: %s.", strerror(errno));
     close(gate[1]);
     return 0;
 }
@@ -387,10 +381,10 @@ static int start_engine(Child *child, const Options *options, const SignalState 
 // The chat
 
 typedef enum {
-    LOADING, // no input is taken before the engine is ready: if it can't start, no prompt is lost
-    ASKING,  // waiting for the user
-    WORKING, // waiting for the engine
-    LEAVING  // waiting for the engine's end
+    LOADING,   // no input is taken before the engine is ready: if it can't start, no prompt is lost
+    PROMPTING, // waiting for the user
+    GENERATING, // waiting for the engine
+    EXITING     // waiting for the engine's end
 } Phase;
 
 typedef struct {
@@ -400,19 +394,19 @@ typedef struct {
     Phase phase;
     LineReader input;
     CpuMeter meter;
-    double deadline;    // when the wait must end: next line of the log, or the end of patience
-    int interrupt;      // the SIGINT or SIGTERM that ends the chat, or 0
-    bool mark_due;      // the prompt mark is not printed yet
-    bool line_ended;    // the prompt mark is not the last thing on the screen
-    bool output_closed; // nobody reads our stdout any more
-    bool failed;        // the chat must end with an error, which has been told
+    double wake_time;     // when the wait must end: next line of the log, or the end of patience
+    int interrupt;        // the SIGINT or SIGTERM that ends the chat, or 0
+    bool prompt_mark_due; // the prompt mark is not printed yet
+    bool line_ended;      // the prompt mark is not the last thing on the screen
+    bool output_closed;   // nobody reads our stdout any more
+    bool failed;          // the chat must end with an error, which has been told
 } Chat;
 
 // Closing the pipe says goodbye to the engine; it is told by the same bell as a prompt. Its last
 // words, if it has any, begin on a new line behind the prompt mark.
-static void say_goodbye(Chat *chat) {
-    chat->phase = LEAVING;
-    chat->mark_due = false;
+static void dismiss_engine(Chat *chat) {
+    chat->phase = EXITING;
+    chat->prompt_mark_due = false;
     chat->line_ended = true;
     putchar('\n');
     fflush(stdout);
@@ -422,25 +416,25 @@ static void say_goodbye(Chat *chat) {
 
 // Asks for a prompt, as soon as stdout takes the mark: main must not wait in write(2), where no
 // signal would reach it.
-static void ask(Chat *chat, Phase phase) {
+static void request_prompt(Chat *chat, Phase phase) {
     chat->phase = phase;
-    chat->mark_due = true;
+    chat->prompt_mark_due = true;
 }
 
-static void print_mark(Chat *chat) {
-    chat->mark_due = false;
+static void print_prompt_mark(Chat *chat) {
+    chat->prompt_mark_due = false;
     fputs(PROMPT_MARK, stdout);
     if (flush_output() == 0) return;
     chat->output_closed = true;
-    say_goodbye(chat);
+    dismiss_engine(chat);
 }
 
 // Passes an interrupt on. SIGCONT wakes a stopped engine, which would not notice it.
 static void interrupt_engine(Chat *chat, int signal) {
-    chat->phase = LEAVING;
-    chat->mark_due = false;
+    chat->phase = EXITING;
+    chat->prompt_mark_due = false;
     chat->interrupt = signal;
-    chat->deadline = seconds() + GRACE_PERIOD;
+    chat->wake_time = seconds(CLOCK_MONOTONIC) + GRACE_PERIOD;
     kill(chat->child.pid, signal);
     kill(chat->child.pid, SIGCONT);
 }
@@ -449,72 +443,73 @@ static void interrupt_engine(Chat *chat, int signal) {
 // If the engine has died meanwhile, the write fails and SIGCHLD tells the rest.
 static void send_prompt(Chat *chat, char *line, size_t length) {
     line[length] = '\n';
-    chat->phase = WORKING;
+    chat->phase = GENERATING;
     start_sampling(&chat->meter);
-    chat->deadline = chat->meter.time + SAMPLE_INTERVAL;
+    chat->wake_time = chat->meter.time + SAMPLE_INTERVAL;
     if (write(chat->child.prompts, line, length + 1) > 0) kill(chat->child.pid, SIGUSR1);
 }
 
 // Takes lines of input until one is a prompt, or there are no more for now, or for good.
-static void take_input(Chat *chat) {
+static void read_prompts(Chat *chat) {
     char line[MAX_PROMPT_LEN + 1];
-    while (chat->phase == ASKING && !chat->mark_due) {
+    while (chat->phase == PROMPTING && !chat->prompt_mark_due) {
         int length = next_line(&chat->input, line);
         if (length > 0) send_prompt(chat, line, (size_t)length);
-        else if (length == END_OF_INPUT) say_goodbye(chat);
+        else if (length == END_OF_INPUT) dismiss_engine(chat);
         else if (length == NO_LINE_YET) return;
         else {
-            if (length == LINE_TOO_LONG) refuse_long_prompt();
-            ask(chat, ASKING);
+            if (length == LINE_TOO_LONG) reject_long_prompt();
+            request_prompt(chat, PROMPTING);
         }
     }
 }
 
 // SIGUSR2 may come from anybody; what counts is what the engine has put into the return pipe.
-static void take_returns(Chat *chat) {
+static void read_engine_bytes(Chat *chat) {
     char byte;
     while (read(chat->child.returns, &byte, 1) == 1) {
         if (chat->phase == LOADING) {
             const SchedulingAttributes *attributes = &chat->options->attributes;
             if (attributes->policy == SCHED_DEADLINE &&
                 set_policy_of_threads(chat->child.pid, attributes) < 0) {
-                complain_of_refusal(attributes, errno);
+                report_policy_error(attributes, errno);
                 chat->failed = true;
-                say_goodbye(chat);
+                dismiss_engine(chat);
                 return;
             }
-            chat->phase = ASKING; // the prompt mark came while the model loaded
-        } else if (chat->phase == WORKING) {
-            if (!chat->meter.told) log_sample(&chat->meter, chat->child.pid);
-            ask(chat, ASKING);
+            chat->phase = PROMPTING; // the prompt mark came while the model loaded
+        } else if (chat->phase == GENERATING) {
+            if (!chat->meter.logged) log_sample(&chat->meter, chat->child.pid);
+            request_prompt(chat, PROMPTING);
         }
     }
 }
 
 // Takes all signals that are pending, so that an interrupt and the death that it causes are seen
 // together. Returns true if one of them said that the child has died.
-static bool take_signals(Chat *chat) {
+static bool read_signals(Chat *chat) {
     struct signalfd_siginfo signal;
     bool child_died = false;
     while (read(chat->signals, &signal, sizeof(signal)) == sizeof(signal)) {
         int number = (int)signal.ssi_signo;
         if (number == SIGCHLD) child_died = true;
-        else if (number == SIGUSR2) take_returns(chat);
+        else if (number == SIGUSR2) read_engine_bytes(chat);
         else if (number != SIGUSR1 && chat->interrupt == 0) interrupt_engine(chat, number);
     }
     return child_died;
 }
 
 // A deadline has passed.
-static void be_late(Chat *chat) {
-    if (chat->phase == WORKING) {
+static void on_timeout(Chat *chat) {
+    if (chat->phase == GENERATING) {
         log_sample(&chat->meter, chat->child.pid);
-        chat->deadline += SAMPLE_INTERVAL;
+        chat->wake_time += SAMPLE_INTERVAL;
         // After a pause (the machine slept, the user typed Ctrl-Z) no lines are made up for.
-        if (chat->deadline < seconds()) chat->deadline = seconds() + SAMPLE_INTERVAL;
+        if (chat->wake_time < seconds(CLOCK_MONOTONIC))
+            chat->wake_time = seconds(CLOCK_MONOTONIC) + SAMPLE_INTERVAL;
     } else {
         kill(chat->child.pid, SIGKILL);
-        chat->deadline += GRACE_PERIOD;
+        chat->wake_time += GRACE_PERIOD;
     }
 }
 
@@ -522,18 +517,19 @@ static void be_late(Chat *chat) {
 static bool wait_for_event(Chat *chat, int *status) {
     struct pollfd events[] = {
         {.fd = chat->signals, .events = POLLIN},
-        {.fd = chat->phase == ASKING && !chat->mark_due ? chat->input.fd : -1, .events = POLLIN},
-        {.fd = chat->mark_due ? STDOUT_FILENO : -1, .events = POLLOUT},
+        {.fd = chat->phase == PROMPTING && !chat->prompt_mark_due ? chat->input.fd : -1,
+         .events = POLLIN},
+        {.fd = chat->prompt_mark_due ? STDOUT_FILENO : -1, .events = POLLOUT},
     };
-    bool timed = chat->phase == WORKING || chat->interrupt != 0;
-    double left = chat->deadline - seconds();
+    bool timed = chat->phase == GENERATING || chat->interrupt != 0;
+    double left = chat->wake_time - seconds(CLOCK_MONOTONIC);
     if (left < 0) left = 0;
     struct timespec timeout = {(time_t)left, (long)(1e9 * (left - (double)(time_t)left))};
     int ready = ppoll(events, 3, timed ? &timeout : NULL, NULL);
-    if (ready == 0) be_late(chat);
-    if (events[1].revents) fill(&chat->input);
-    if (events[2].revents) print_mark(chat);
-    return !(take_signals(chat) && waitpid(chat->child.pid, status, WNOHANG) == chat->child.pid);
+    if (ready == 0) on_timeout(chat);
+    if (events[1].revents) read_more(&chat->input);
+    if (events[2].revents) print_prompt_mark(chat);
+    return !(read_signals(chat) && waitpid(chat->child.pid, status, WNOHANG) == chat->child.pid);
 }
 
 // sigabbrev_np(3) would know them all, but is younger than many systems.
@@ -554,8 +550,8 @@ static const char *signal_name(int signal) {
 }
 
 // Tells how the engine ended, and returns main's exit status: an interrupt's, whoever died first of
-// it; or 0 if the engine left as it was told; or 1.
-static int report_end(const Chat *chat, int status) {
+// it; or 0 if the engine left as it was logged; or 1.
+static int report_exit(const Chat *chat, int status) {
     int signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
     if (chat->interrupt) signal = chat->interrupt;
     int code = signal ? 128 + signal : WEXITSTATUS(status);
@@ -568,23 +564,23 @@ static int report_end(const Chat *chat, int status) {
         fflush(stdout);
     }
     if (chat->interrupt) return code;
-    return chat->phase == LEAVING && code == 0 && !chat->failed && !chat->output_closed ? 0 : 1;
+    return chat->phase == EXITING && code == 0 && !chat->failed && !chat->output_closed ? 0 : 1;
 }
 
 // Starts the engine, holds the conversation, and returns main's exit status when the engine is
 // gone.
-static int hold_chat(const Options *options, int signals, const SignalState *before) {
+static int run_chat(const Options *options, int signals, const SignalState *before) {
     Chat chat = {.options = options, .signals = signals, .input.fd = STDIN_FILENO};
     if (start_engine(&chat.child, options, before) < 0) return 1;
     clock_getcpuclockid(chat.child.pid, &chat.meter.cpu_clock);
-    ask(&chat, LOADING);
+    request_prompt(&chat, LOADING);
     int status;
-    while (wait_for_event(&chat, &status)) take_input(&chat);
-    return report_end(&chat, status);
+    while (wait_for_event(&chat, &status)) read_prompts(&chat);
+    return report_exit(&chat, status);
 }
 
 int main(int argc, char **argv) {
-    hold_standard_files();
+    reserve_standard_fds();
     static Options options; // as long as the program: so are the strings that it points to
     options = parse_options(argc, argv);
 
@@ -601,8 +597,8 @@ int main(int argc, char **argv) {
     sigaction(SIGPIPE, &(struct sigaction){.sa_handler = SIG_IGN}, &before.pipe_action);
     int signals = signalfd(-1, &taken, SFD_NONBLOCK | SFD_CLOEXEC);
     if (signals < 0) {
-        complain("Cannot make a signalfd: %s.", strerror(errno));
+        report_error("Cannot make a signalfd: %s.", strerror(errno));
         return 1;
     }
-    return hold_chat(&options, signals, &before);
+    return run_chat(&options, signals, &before);
 }

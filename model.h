@@ -211,7 +211,7 @@ static const Kernels *choose_kernels(void) {
     if (wanted == NULL || *wanted == '\0') return usable[0];
     for (int i = 0; i < count; i++)
         if (strcmp(wanted, usable[i]->name) == 0) return usable[i];
-    complain(
+    report_error(
         "KERNELS=%s: this machine has no such kernels. Choose avx512, avx2 or portable, as far "
         "as it has them, or unset the variable for the best.",
         wanted);
@@ -267,7 +267,7 @@ __attribute__((format(printf, 2, 3))) static int refuse_file(const char *path, c
     va_start(arguments, format);
     vsnprintf(wrong, sizeof(wrong), format, arguments);
     va_end(arguments);
-    complain(
+    report_error(
         "%s: %s. Get the real files with \"make prepare\", or use the small model: -d tests/tiny",
         path, wrong);
     return -1;
@@ -275,9 +275,10 @@ __attribute__((format(printf, 2, 3))) static int refuse_file(const char *path, c
 
 // Complains that there is not enough memory for something of one of the two files. Returns -1.
 static int lack_memory(const char *path, const char *what, size_t size) {
-    complain("%s: there is not enough memory for %s (%zu bytes). End other programs, or allow this "
-             "one more: ulimit -v",
-             path, what, size);
+    report_error(
+        "%s: there is not enough memory for %s (%zu bytes). End other programs, or allow this "
+        "one more: ulimit -v",
+        path, what, size);
     return -1;
 }
 
@@ -1273,7 +1274,7 @@ static int encode(Tokenizer *t, const char *text, size_t length, int *tokens) {
             n += merge_piece(t, piece, kept, symbols, heap, tokens + n);
         }
     } else {
-        complain("There is not enough memory for a text of %zu bytes.", length);
+        report_error("There is not enough memory for a text of %zu bytes.", length);
     }
     free(piece);
     free(symbols);
@@ -1302,7 +1303,7 @@ static int build_sampler(Sampler *s, int vocab_size, float temperature, float to
                    .kernels = choose_kernels()};
     s->candidates = malloc((size_t)vocab_size * sizeof(Item));
     if (s->candidates && s->kernels) return 0;
-    if (s->kernels) complain("There is not enough memory for a vocabulary of %d.", vocab_size);
+    if (s->kernels) report_error("There is not enough memory for a vocabulary of %d.", vocab_size);
     free(s->candidates);
     s->candidates = NULL;
     return -1;
@@ -1372,7 +1373,7 @@ static int sample(Sampler *s, float *logits) {
     int n = s->vocab_size;
     bool greedy = s->temperature == 0;
     if (!divide_logits(logits, n, greedy ? 1 : s->temperature)) {
-        complain(
+        report_error(
             "The model computed logits that are not finite numbers; its file must be damaged.");
         return -1;
     }
@@ -1455,7 +1456,7 @@ static int build_session(Session *s, const Settings *settings) {
     s->ids = malloc((size_t)c->seq_len * sizeof(int));
     s->turns = malloc((size_t)c->seq_len * sizeof(int));
     if (s->ids && s->turns) return 0;
-    complain("There is not enough memory for a window of %d tokens.", c->seq_len);
+    report_error("There is not enough memory for a window of %d tokens.", c->seq_len);
 failed:
     free_session(s);
     return -1;
@@ -1517,7 +1518,7 @@ static int generate(Session *s, const char *prompt, size_t length) {
     Tokenizer *t = &s->tokenizer;
     int seq_len = s->transformer.config.seq_len;
     int *turn = malloc((length + 64) * sizeof(int));
-    if (turn == NULL) complain("There is not enough memory for a prompt of %zu bytes.", length);
+    if (turn == NULL) report_error("There is not enough memory for a prompt of %zu bytes.", length);
     int count = turn ? encode_prompt(t, prompt, length, turn) : -1;
     int closing = 2; // tokens behind the reply: <|im_end|> and newline
     if (count < 0 || count + 1 + closing > seq_len) {
@@ -1542,7 +1543,7 @@ static int generate(Session *s, const char *prompt, size_t length) {
     while (generated < limit) {
         int token = sample(&s->sampler, catch_up(s));
         if (token < 0) return -1;
-        now = seconds();
+        now = seconds(CLOCK_MONOTONIC);
         if (generated++ == 0) start = now;
         if (is_control_token(t, token)) break;
         print_text(&printer, t->tokens[token].bytes, (size_t)t->tokens[token].length);

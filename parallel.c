@@ -236,7 +236,8 @@ static int init_thr_pool(int threads) {
         int error =
             pthread_create(&pool.threads[pool.size], NULL, thr_func, (void *)(intptr_t)pool.size);
         if (error == 0) continue;
-        complain("Thread %d of %d cannot be created: %s.", pool.size + 1, threads, strerror(error));
+        report_error("Thread %d of %d cannot be created: %s.", pool.size + 1, threads,
+                     strerror(error));
         close_thr_pool();
         return -1;
     }
@@ -267,31 +268,31 @@ static void print_usage(void) {
 }
 
 _Noreturn static void usage(const char *program) {
-    complain("Usage: %s " SETTINGS_USAGE " <threads> <seed> [\"prompt\" ...]\n" SETTINGS_HELP
-             "\n  threads             1 to %d\n"
-             "  prompt              answered in turn; without one, prompts are read from stdin",
-             program, MAX_THREADS);
+    report_error("Usage: %s " SETTINGS_USAGE " <threads> <seed> [\"prompt\" ...]\n" SETTINGS_HELP
+                 "\n  threads             1 to %d\n"
+                 "  prompt              answered in turn; without one, prompts are read from stdin",
+                 program, MAX_THREADS);
     exit(2);
 }
 
 int main(int argc, char **argv) {
-    hold_standard_files();
+    reserve_standard_fds();
     Settings settings = DEFAULT_SETTINGS;
     long threads;
     if (!parse_settings(&settings, argc, argv)) usage(argv[0]);
     if (argc - optind < 2) {
-        complain("The number of threads and the seed are needed.");
+        report_error("The number of threads and the seed are needed.");
         usage(argv[0]);
     }
     if (!parse_integer(argv[optind], 1, MAX_THREADS, &threads)) {
-        complain("%s is not a number of threads from 1 to %d.", argv[optind], MAX_THREADS);
+        report_error("%s is not a number of threads from 1 to %d.", argv[optind], MAX_THREADS);
         usage(argv[0]);
     }
     if (!parse_seed(argv[optind + 1], &settings.seed)) {
-        complain("%s is not a seed.", argv[optind + 1]);
+        report_error("%s is not a seed.", argv[optind + 1]);
         usage(argv[0]);
     }
-    settle_seed(&settings);
+    choose_seed(&settings);
 
     Session session;
     if (build_session(&session, &settings) < 0) return 1;
