@@ -267,30 +267,32 @@ static void print_usage(void) {
     print_usage_of("Whole process", &usage);
 }
 
-_Noreturn static void usage(const char *program) {
-    report_error("Usage: %s " SETTINGS_USAGE " <threads> <seed> [\"prompt\" ...]\n" SETTINGS_HELP
-                 "\n  threads             1 to %d\n"
-                 "  prompt              answered in turn; without one, prompts are read from stdin",
-                 program, MAX_THREADS);
-    exit(2);
+#define USAGE                                                                                      \
+    "Usage: %s " SETTINGS_USAGE " <threads> <seed> [\"prompt\" ...]\n" SETTINGS_HELP               \
+    "\n  threads             1 to %d\n"                                                            \
+    "  prompt              answered in turn; without one, prompts are read from stdin"
+
+static void usage(const char *program, int status) {
+    exit_with_usage(status, USAGE, program, MAX_THREADS);
 }
 
 int main(int argc, char **argv) {
     reserve_standard_fds();
     Settings settings = DEFAULT_SETTINGS;
     long threads;
-    if (!parse_settings(&settings, argc, argv)) usage(argv[0]);
-    if (argc - optind < 2) {
+    CommandLine line = {.argc = argc, .argv = argv, .wanted = 2};
+    parse_settings(&settings, &line, usage);
+    if (line.count < 2) {
         report_error("The number of threads and the seed are needed.");
-        usage(argv[0]);
+        usage(argv[0], 2);
     }
-    if (!parse_integer(argv[optind], 1, MAX_THREADS, &threads)) {
-        report_error("%s is not a number of threads from 1 to %d.", argv[optind], MAX_THREADS);
-        usage(argv[0]);
+    if (!parse_integer(line.operands[0], 1, MAX_THREADS, &threads)) {
+        report_error("%s is not a number of threads from 1 to %d.", line.operands[0], MAX_THREADS);
+        usage(argv[0], 2);
     }
-    if (!parse_seed(argv[optind + 1], &settings.seed)) {
-        report_error("%s is not a seed.", argv[optind + 1]);
-        usage(argv[0]);
+    if (!parse_seed(line.operands[1], &settings.seed)) {
+        report_error("%s is not a seed.", line.operands[1]);
+        usage(argv[0], 2);
     }
     choose_seed(&settings);
 
@@ -298,8 +300,7 @@ int main(int argc, char **argv) {
     if (build_session(&session, &settings) < 0) return 1;
     int result = 1;
     if (init_thr_pool((int)threads) == 0) {
-        result =
-            serve(generate, prepare, &session, argv + optind + 2, argc - optind - 2) < 0 ? 1 : 0;
+        result = serve(generate, prepare, &session, argv + optind, argc - optind) < 0 ? 1 : 0;
         close_thr_pool();
         print_usage();
     }

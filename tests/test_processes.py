@@ -511,7 +511,8 @@ class UsageTest(SessionTestCase):
         ("-j", "0"), ("-j", "-1"), ("-j", "x"),
         *(("-s", "DEADLINE", "-D", times) for times in (
             "10ms", "10ms:20ms", "10ms:20ms:20ms:20ms", "a:b:c", "10ms:20ms:20s", "-1:2:3", "::",
-            "10ms:20ms:", "10ms 20ms 20ms", "18446744073709551616:1:1", "99999999999999999ms:1:1")))
+            "10ms:20ms:", "10ms 20ms 20ms", "21ms:20ms:20ms", "10ms:20ms:19ms", "10ms:20ms:0",
+            "18446744073709551616:1:1", "99999999999999999ms:1:1")))
 
     def assert_usage(self, program, *arguments):
         with self.subTest(program=program.name, arguments=arguments):
