@@ -1512,8 +1512,9 @@ static float *catch_up(Session *s) {
 }
 
 // Answers a prompt of at most MAX_PROMPT_LEN bytes: the reply goes to stdout, token by token, then
-// a line of figures. Returns 0, also for a prompt that the window can't hold, which is told; or -1
-// if the session can't go on: stdout is closed, there is no memory, or the logits are not finite.
+// a line of figures. Returns 0; or REJECTED after printing that the window cannot hold the prompt;
+// or -1 if the session cannot go on: stdout is closed, there is no memory, or the logits are not
+// finite.
 static int generate(Session *s, const char *prompt, size_t length) {
     Tokenizer *t = &s->tokenizer;
     int seq_len = s->transformer.config.seq_len;
@@ -1526,7 +1527,7 @@ static int generate(Session *s, const char *prompt, size_t length) {
             printf("The prompt has %d tokens and was not used: the context window holds %d.\n",
                    count, seq_len);
         free(turn);
-        return flush_output() < 0 || count < 0 ? -1 : 0;
+        return flush_output() < 0 || count < 0 ? -1 : REJECTED;
     }
     // A reply may be longer than half the window only if there is room: old turns are worth more.
     int reserve = s->max_new_tokens < seq_len / 2 ? s->max_new_tokens : seq_len / 2;

@@ -180,11 +180,14 @@ class RefusalTest(PolicyTestCase):
         self.assert_refused(options, "SCHED_DEADLINE", "deadlines of all threads")
 
     def test_a_refusal_that_nobody_reads_ends_the_chat(self):
-        """A full pipe behind stderr: the line is lost instead, before the engine runs and after."""
-        log = self.full_pipe()
+        """A full pipe behind stderr or stdout: the line is lost, before the engine runs and after."""
+        full = self.full_pipe()
         for options in (("-s", "FIFO"), ("-s", "DEADLINE", "-D", "1ms:2ms:2ms")):
-            session = self.chat(*options, 42, prepare=lambda: (drop_privilege(), os.dup2(log, 2)))
-            self.assertEqual(session.finish(), 1)
+            for fd in (1, 2):
+                with self.subTest(options=options, fd=fd):
+                    session = self.chat(*options, 42,
+                                        prepare=lambda: (drop_privilege(), os.dup2(full, fd)))
+                    self.assertEqual(session.finish(), 1)
 
     def test_a_refused_default_is_no_reason_to_end(self):
         """Without -s and -n the engine keeps a policy of main's that it may not leave; nor is asking
