@@ -143,7 +143,7 @@ class InterruptTest(PhaseTestCase):
         session = self.start_fake("""
             def end(*_):
                 time.sleep(1.5)
-                say("All is saved.\\n")
+                os.write(1, b"All is saved.\\n")
                 sys.exit(1)
             signal.signal(signal.SIGINT, end)
             say("loading")
