@@ -1,24 +1,26 @@
-// common.h - what the chat front end (main.c) and the engines (inference.c, parallel.c) agree on:
-// the limits, the command-line settings, the pipe-and-signal protocol, the scheduling policies,
-// and how errors are told.
+// common.h - the contract of the chat front end (main.c) and the engines (inference.c, parallel.c):
+// limits, command lines, lines of input, the pipe-and-signal protocol, scheduling policies, and how
+// errors are reported.
 //
-//     user -- stdin --> main -- pipe: one prompt and a newline --> engine's stdin
-//                       main -- SIGUSR1: look into the pipe -----> engine
-//     user <-- stdout (inherited from main) ---------------------- engine
-//                       main <-- return pipe: one byte ----------- engine is ready, reply finished
-//                       main <-- SIGUSR2: look into it ----------- engine
+//     user -- stdin --> main -- pipe: one prompt and a newline ---> engine's stdin
+//                       main -- SIGUSR1: a prompt is in the pipe -> engine
+//     user <-- stdout (inherited from main) ----------------------- engine
+//                       main <-- return pipe: one byte ------------ engine is ready, reply finished
+//                       main <-- SIGUSR2: a byte is in the pipe --- engine
 //
-// A signal is only a bell. Signals of one kind coalesce and anybody may send one, so whoever hears
-// a bell looks into his pipe, and what he finds there is the fact. A bell without a fact is
-// ignored.
+// A signal only notifies; the data are in a pipe. Pending signals of one kind coalesce and any
+// process may send one, so a receiver reads its pipe after a signal and ignores a signal without
+// data. The writer writes before it raises the signal, so that the receiver finds the data.
 #ifndef COMMON_H
 #define COMMON_H
 
 #ifndef _GNU_SOURCE
 #error "define _GNU_SOURCE before the first #include"
 #endif
+#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <getopt.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -34,8 +36,8 @@
 // ------------------------------------------------------------------------------------------------
 // Limits
 
-// Bytes of a prompt. With its newline it is what a terminal's line editing holds (4096 bytes,
-// termios(3)) and what a pipe takes in one piece (PIPE_BUF, pipe(7)).
+// Bytes of a prompt. With its newline it is the longest line of a terminal (4096 bytes, termios(3))
+// and the most that write(2) puts into a pipe in one piece (PIPE_BUF, pipe(7)).
 #define MAX_PROMPT_LEN 4095
 
 #define MAX_THREADS 64 // of the parallel engine
@@ -43,13 +45,18 @@
 // ------------------------------------------------------------------------------------------------
 // Errors and the clock
 
-// Prints one line on stderr. In normal use stderr is the log, so when the user would miss it there
-// (stderr redirected, stdout a terminal) the line appears on stdout, too.
-__attribute__((format(printf, 1, 2))) static inline void complain(const char *format, ...) {
+#define REPORT_LIMIT 500 // milliseconds that report_error() waits for a reader that is not reading
+
+// Prints one line on stderr. In normal use stderr is the log, where the user would miss it: if
+// stderr is redirected and stdout is a terminal, the line appears on stdout, too. A stream that
+// cannot take the line within REPORT_LIMIT loses it, so that no program hangs in an error message.
+__attribute__((format(printf, 1, 2))) static inline void report_error(const char *format, ...) {
     va_list arguments;
     bool on_stdout = isatty(STDOUT_FILENO) && !isatty(STDERR_FILENO);
     for (int i = 0; i <= on_stdout; i++) {
         FILE *stream = i ? stdout : stderr;
+        struct pollfd writable = {.fd = fileno(stream), .events = POLLOUT};
+        if (poll(&writable, 1, REPORT_LIMIT) == 0) continue;
         va_start(arguments, format);
         vfprintf(stream, format, arguments);
         va_end(arguments);
@@ -58,30 +65,48 @@ __attribute__((format(printf, 1, 2))) static inline void complain(const char *fo
     }
 }
 
-// Flushes stdout. Returns 0, or -1: quietly if nobody reads it any more or it was closed from the
-// beginning, and after a complaint otherwise.
+// Flushes stdout. Returns 0; or -1 if it cannot be written, which is reported unless its reader is
+// gone (EPIPE) or it was closed before the program started (EBADF).
 static inline int flush_output(void) {
     if (fflush(stdout) != EOF) return 0;
-    if (errno != EPIPE && errno != EBADF) complain("Cannot write the output: %s.", strerror(errno));
+    if (errno != EPIPE && errno != EBADF)
+        report_error("Cannot write the output: %s.", strerror(errno));
     return -1;
 }
 
-// Opens whatever of stdin, stdout and stderr the caller's parent has closed, so that no pipe or
-// file opened later gets its number. Each is opened for the wrong direction: using it still fails.
-static inline void hold_standard_files(void) {
+// Ends the program with its usage: printed on stdout if the user asked for it (status 0), else
+// reported as an error.
+_Noreturn __attribute__((format(printf, 2, 3))) static inline void
+exit_with_usage(int status, const char *format, ...) {
+    char text[4096];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof(text), format, arguments);
+    va_end(arguments);
+    if (status == 0) puts(text);
+    else report_error("%s", text);
+    exit(flush_output() < 0 ? 1 : status);
+}
+
+// Occupies those of the descriptors 0, 1 and 2 that are closed, and returns nothing; call it before
+// any other descriptor is opened. Then no file or pipe ever gets one of these numbers, and output
+// for stdout or stderr cannot end up in it. /dev/null is opened for the wrong direction, so that
+// using a descriptor that was closed still fails, with EBADF.
+static inline void reserve_standard_fds(void) {
     for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY);
 }
 
-// Seconds on a clock that nobody sets back.
-static inline double seconds(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
+// Returns the time of a clock in seconds: CLOCK_MONOTONIC, which nobody sets back, or a process's
+// CPU time; 0 if there is no such clock.
+static inline double seconds(clockid_t clock) {
+    struct timespec time = {0};
+    clock_gettime(clock, &time);
     return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
 }
 
 // ------------------------------------------------------------------------------------------------
-// Settings: what the command lines of all programs share
+// Command lines: the options and operands that all programs share
 
 typedef struct {
     const char *dir;         // holds model.bin and tokenizer.bin
@@ -94,17 +119,18 @@ typedef struct {
 #define DEFAULT_SETTINGS                                                                           \
     (Settings) { .dir = ".", .temperature = 0.6f, .top_p = 0.9f, .max_new_tokens = 256, .seed = 42 }
 
-#define SETTINGS_OPTIONS "d:t:p:m:" // for getopt(3), which is to leave the complaints to us: ":"
+#define SETTINGS_OPTIONS "d:t:p:m:" // for getopt(3)
 #define SETTINGS_USAGE "[-d dir] [-t temperature] [-p top_p] [-m max_new_tokens]"
 #define SETTINGS_HELP                                                                              \
     "  -d dir              folder of model.bin and tokenizer.bin (default: .)\n"                   \
-    "  -t temperature      0 for the likeliest token always, or 0.01 to 100 (default: 0.6)\n"      \
-    "  -p top_p            choose among the likeliest tokens of this share, 0 to 1 (default: "     \
-    "0.9)\n"                                                                                       \
-    "  -m max_new_tokens   the longest reply, 1 to 1000000 (default: 256)\n"                       \
-    "  seed                0 to 18446744073709551615; 0 takes one from the clock"
+    "  -t temperature      0: always the likeliest token; 0.01 to 100: sample (default: 0.6)\n"    \
+    "  -p top_p            sample from the likeliest tokens that together just exceed this\n"      \
+    "                      probability, 0 to 1 (default: 0.9)\n"                                   \
+    "  -m max_new_tokens   the longest reply, 1 to 1000000 tokens (default: 256)\n"                \
+    "  -h, --help          print this text\n"                                                      \
+    "  seed                of the sampler, 0 to 18446744073709551615; 0: one from the clock"
 
-// Reads a whole number in [least, most] that is all of the text. False if it is something else.
+// Parses an integer in [least, most] that is all of the text. Returns false if it is anything else.
 static inline bool parse_integer(const char *text, long least, long most, long *value) {
     char *end;
     errno = 0;
@@ -112,51 +138,100 @@ static inline bool parse_integer(const char *text, long least, long most, long *
     return errno == 0 && end != text && *end == '\0' && *value >= least && *value <= most;
 }
 
+// Parses a number in [least, most] that is all of the text. Returns false if it is anything else.
 static inline bool parse_float(const char *text, float least, float most, float *value) {
     char *end;
     *value = strtof(text, &end);
     return end != text && *end == '\0' && *value >= least && *value <= most;
 }
 
-// Reads a seed: decimal digits and nothing else (strtoull(3) alone would take "-1").
+// Parses a seed: decimal digits and nothing else (strtoull(3) alone accepts "-1"). Returns false if
+// it is anything else or too large.
 static inline bool parse_seed(const char *text, unsigned long long *seed) {
     errno = 0;
     *seed = strtoull(text, NULL, 10);
     return errno == 0 && *text != '\0' && text[strspn(text, "0123456789")] == '\0';
 }
 
-// Takes one option of SETTINGS_OPTIONS. False, after a complaint, if its value will not do.
-static inline bool take_setting(Settings *settings, int option, const char *value) {
+#define BAD_VALUE "-%c %s: expected %s." // for report_error(): option, value, what is allowed
+
+// Parses one option of SETTINGS_OPTIONS into *settings. Returns false after reporting a bad value,
+// and for a mistake that next_option() has reported.
+static inline bool parse_setting(Settings *settings, int option, const char *value) {
     long tokens = settings->max_new_tokens;
-    bool good = true;
+    bool valid = false;
+    const char *expected = "";
     switch (option) {
-    case 'd': settings->dir = value, good = *value != '\0'; break;
-    case 't':
-        good = parse_float(value, 0, 100, &settings->temperature) &&
-               (settings->temperature == 0 || settings->temperature >= 0.01f);
+    case 'd':
+        expected = "a folder";
+        settings->dir = value;
+        valid = *value != '\0';
         break;
-    case 'p': good = parse_float(value, 0, 1, &settings->top_p); break;
-    case 'm': good = parse_integer(value, 1, 1000000, &tokens); break;
-    default:
-        complain(option == ':' ? "-%c needs a value." : "-%c is not an option.", optopt);
-        return false;
+    case 't':
+        expected = "0, or a number from 0.01 to 100";
+        valid = parse_float(value, 0, 100, &settings->temperature) &&
+                (settings->temperature == 0 || settings->temperature >= 0.01f);
+        break;
+    case 'p':
+        expected = "a number from 0 to 1";
+        valid = parse_float(value, 0, 1, &settings->top_p);
+        break;
+    case 'm':
+        expected = "an integer from 1 to 1000000";
+        valid = parse_integer(value, 1, 1000000, &tokens);
+        settings->max_new_tokens = (int)tokens;
+        break;
+    default: return false;
     }
-    settings->max_new_tokens = (int)tokens;
-    if (!good) complain("-%c %s: this value is not in the option's range.", option, value);
-    return good;
+    if (!valid) report_error(BAD_VALUE, option, value, expected);
+    return valid;
 }
 
-// Reads an engine's options; getopt(3) leaves optind at the first argument that is none ("+": what
-// comes behind it, a prompt perhaps, is none either). False, after a complaint, at a mistake.
-static inline bool parse_settings(Settings *settings, int argc, char **argv) {
-    bool good = true;
-    for (int option; (option = getopt(argc, argv, "+:" SETTINGS_OPTIONS)) != -1;)
-        good = take_setting(settings, option, optarg) && good;
-    return good;
+// A command line: options may stand before, between and right behind the operands (POSIX's word for
+// a thread count or a seed), and "--" ends them. What stands behind, an engine's prompts, is never
+// taken for an option. getopt(3) alone does that on no system: glibc moves options from behind the
+// prompts to the front, and musl stops at the first operand.
+typedef struct {
+    int argc;
+    char **argv;
+    int wanted, count; // operands that the program takes at most, and that were found
+    char *operands[2];
+    bool options_ended; // by "--"
+} CommandLine;
+
+// Returns the next option like getopt(3), with its value in optarg: '?' after reporting an unknown
+// option or a missing value, 'h' for --help, and -1 when there are no more. Then the operands are
+// in the CommandLine and optind is the first argument behind them. `options` begins with "+:".
+static inline int next_option(CommandLine *line, const char *options) {
+    static const struct option long_options[] = {{"help", no_argument, NULL, 'h'}, {0}};
+    for (;;) {
+        int before = optind, option = -1;
+        if (!line->options_ended)
+            option = getopt_long(line->argc, line->argv, options, long_options, NULL);
+        if (option == ':') report_error("-%c needs a value.", optopt);
+        else if (option == '?' && optopt) report_error("-%c is not an option.", optopt);
+        else if (option == '?') report_error("%s is not an option.", line->argv[optind - 1]);
+        if (option != -1) return option == ':' ? '?' : option;
+        if (optind > before) line->options_ended = true; // getopt(3) has skipped "--"
+        if (optind == line->argc || line->count == line->wanted) return -1;
+        line->operands[line->count++] = line->argv[optind++];
+    }
 }
 
-// A seed of 0 becomes one from the clock, which is told so that the reply can be had again.
-static inline void settle_seed(Settings *settings) {
+// Parses an engine's command line into *settings and line->operands; see next_option(). Calls
+// usage(program, exit status), which does not return, for -h and after reporting a mistake.
+static inline void parse_settings(Settings *settings, CommandLine *line,
+                                  void (*usage)(const char *program, int status)) {
+    bool valid = true;
+    for (int option; (option = next_option(line, "+:h" SETTINGS_OPTIONS)) != -1;) {
+        if (option == 'h') usage(line->argv[0], 0);
+        valid = parse_setting(settings, option, optarg) && valid;
+    }
+    if (!valid) usage(line->argv[0], 2);
+}
+
+// Replaces a seed of 0 by one from the clock, and prints it so that the chat can be repeated.
+static inline void choose_seed(Settings *settings) {
     if (settings->seed != 0) return;
     struct timespec time;
     clock_gettime(CLOCK_REALTIME, &time);
@@ -170,27 +245,43 @@ static inline void settle_seed(Settings *settings) {
 
 typedef struct {
     int fd;
-    bool ended;                      // end of file, or an error that is as good as one
+    bool ended;                      // end of file or a read error
+    int error;                       // errno of the read error, or 0
     bool skipping;                   // in the middle of a line that is too long
     size_t length;                   // bytes in the buffer
-    char buffer[MAX_PROMPT_LEN + 1]; // what was read and not yet taken
+    char buffer[MAX_PROMPT_LEN + 2]; // input that next_line() has not returned yet; with "\r\n"
 } LineReader;
 
 enum { NO_LINE_YET = -1, LINE_TOO_LONG = -2, END_OF_INPUT = -3 };
 
-// Calls read(2) once; call it when poll(2) says that it would not wait, or to wait.
-static inline void fill(LineReader *reader) {
+// Reads input once with read(2); sets reader->ended at the end of file and at an error. Call it
+// after next_line() has returned NO_LINE_YET: then the buffer has room. (With no room, read(2)
+// would return 0, which means the end of file.)
+static inline void read_more(LineReader *reader) {
     ssize_t count =
         read(reader->fd, reader->buffer + reader->length, sizeof(reader->buffer) - reader->length);
-    if (count > 0) reader->length += (size_t)count;
-    else if (count == 0 || (errno != EINTR && errno != EAGAIN)) reader->ended = true;
+    if (count > 0) {
+        reader->length += (size_t)count;
+    } else if (count == 0 || (errno != EINTR && errno != EAGAIN)) {
+        reader->ended = true;
+        if (count < 0 && errno != EBADF) reader->error = errno; // EBADF: closed from the beginning
+    }
 }
 
-// Takes the next line out of the buffer into line[MAX_PROMPT_LEN], without its newline and without
-// a terminator. Returns its length or one of the three values above. The last line of the input
-// needs no newline. A line that is too long is skipped, and reported once.
+// Returns whether a text is empty or only white space.
+static inline bool is_blank(const char *text, size_t length) {
+    while (length > 0 && isspace((unsigned char)text[length - 1])) length--;
+    return length == 0;
+}
+
+// Moves the next line from the buffer to line[MAX_PROMPT_LEN], without its newline or carriage
+// return and newline, and without a terminator. Returns its length, 0 for a blank line; or
+// NO_LINE_YET; or END_OF_INPUT, after an error, too; or LINE_TOO_LONG, once, after skipping a line
+// longer than MAX_PROMPT_LEN. The last line of the input needs no newline.
 static inline int next_line(LineReader *reader, char *line) {
     char *newline = memchr(reader->buffer, '\n', reader->length);
+    // A full buffer without a newline holds the beginning of a line that is too long. Emptying it
+    // keeps the promise of room that read_more() relies on.
     if (newline == NULL && reader->length == sizeof(reader->buffer)) {
         reader->skipping = true;
         reader->length = 0;
@@ -199,99 +290,121 @@ static inline int next_line(LineReader *reader, char *line) {
     if (newline == NULL && reader->length == 0 && !reader->skipping) return END_OF_INPUT;
 
     size_t length = newline ? (size_t)(newline - reader->buffer) : reader->length;
-    size_t taken = newline ? length + 1 : length;
-    bool too_long = reader->skipping;
+    size_t used = newline ? length + 1 : length;
+    if (newline && length > 0 && newline[-1] == '\r') length--;
+    bool too_long = reader->skipping || length > MAX_PROMPT_LEN;
     if (!too_long) memcpy(line, reader->buffer, length);
     reader->skipping = false;
-    reader->length -= taken;
-    memmove(reader->buffer, reader->buffer + taken, reader->length);
-    return too_long ? LINE_TOO_LONG : (int)length;
+    reader->length -= used;
+    memmove(reader->buffer, reader->buffer + used, reader->length);
+    if (too_long) return LINE_TOO_LONG;
+    return is_blank(line, length) ? 0 : (int)length;
 }
 
-// Part of the conversation, so it goes to stdout.
-static inline void refuse_long_prompt(void) {
-    printf("The prompt is longer than %d bytes and was not used. Please shorten it.\n",
-           MAX_PROMPT_LEN);
+// For printf(3) with MAX_PROMPT_LEN. It is part of the conversation, so it goes to stdout.
+#define TOO_LONG_MESSAGE "The prompt is longer than %d bytes and was not used. Please shorten it.\n"
+
+// Reports the error that ended the input, if one did. Returns 0, or -1 after an error.
+static inline int report_read_error(const LineReader *reader) {
+    if (reader->error == 0) return 0;
+    report_error("Cannot read the input: %s.", strerror(reader->error));
+    return -1;
 }
 
 // ------------------------------------------------------------------------------------------------
-// The protocol's end in the engine
+// The engine's end of the protocol
 
 #define PROMPT_MARK ">>> "
 #define RETURN_FD 3                    // where the engine finds the return pipe
 #define FRONT_END_ENV "CHAT_FRONT_END" // the front end's pid, in the engine's environment
 
-// Answers one prompt on stdout. Returns 0, or -1 if the session can't go on; the reason is told,
-// but for a stdout that nobody reads.
-typedef struct Session Session; // the engine's own
+// What the engine writes into the return pipe. Any other byte counts as DONE.
+enum { DONE = 'd', REJECTED = 'r' }; // model loaded or reply finished; prompt rejected without one
+
+// Answers one prompt on stdout and flushes it. Returns 0, or REJECTED if it only printed why the
+// prompt cannot be used; or -1 if the session cannot go on, after reporting the reason unless the
+// reader of stdout is gone.
+typedef struct Session Session; // defined by the engine
 typedef int Answer(Session *session, const char *prompt, size_t length);
 
-// An engine is main's child exactly if its parent is the one that the environment names: the
-// variable alone may be inherited by anybody whom main's child starts.
+// Returns whether the engine is main's child: whether its parent is the process that the
+// environment names. The variable alone proves nothing, since every descendant of the engine
+// inherits it.
 static inline bool is_child_of_front_end(void) {
     const char *text = getenv(FRONT_END_ENV);
     long pid;
     return text && parse_integer(text, 1, INT32_MAX, &pid) && pid == getppid();
 }
 
-// First the fact, then the bell.
-static inline void tell_front_end(void) {
-    if (write(RETURN_FD, "", 1) == 1) kill(getppid(), SIGUSR2);
+// Writes the byte before raising the signal, so that main always finds it. Returns 0, or -1 after
+// reporting the error: without its byte main would wait forever.
+static inline int notify_front_end(char byte) {
+    if (write(RETURN_FD, &byte, 1) != 1) {
+        report_error("Cannot write to the return pipe: %s.", strerror(errno));
+        return -1;
+    }
+    kill(getppid(), SIGUSR2);
+    return 0;
 }
 
-// Serves the front end: takes what is in the pipe, and when nothing is, waits for SIGUSR1, which
-// main has blocked for us so that an early bell waits, too. A line is a prompt; the end of the pipe
-// means goodbye.
+// Answers main's prompts until the end of the pipe. Returns 0, or -1 if the session ended before.
+// No lost wake-up: SIGUSR1 is blocked since before exec and stays pending until sigwaitinfo(2)
+// takes it, so a prompt written after poll(2) found the pipe empty ends the wait.
 static inline int serve_front_end(Answer *answer, Session *session) {
     LineReader reader = {.fd = STDIN_FILENO};
-    struct pollfd look = {.fd = STDIN_FILENO, .events = POLLIN};
+    struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
     char prompt[MAX_PROMPT_LEN];
-    sigset_t bell;
-    sigemptyset(&bell);
-    sigaddset(&bell, SIGUSR1);
-    tell_front_end(); // ready
+    sigset_t notification;
+    sigemptyset(&notification);
+    sigaddset(&notification, SIGUSR1);
+    if (notify_front_end(DONE) < 0) return -1;
     for (;;) {
         int length = next_line(&reader, prompt);
-        if (length == END_OF_INPUT) return 0;
+        if (length == END_OF_INPUT) return report_read_error(&reader);
         if (length >= 0) {
-            if (answer(session, prompt, (size_t)length) < 0) return -1;
-            // The reply is complete and flushed before main hears of it, so that the next prompt
-            // mark can't overtake the text.
-            tell_front_end();
-        } else if (poll(&look, 1, 0) == 1) {
-            fill(&reader);
+            // The reply is flushed before main is notified, so that the next prompt mark cannot
+            // overtake it.
+            int result = answer(session, prompt, (size_t)length);
+            if (result < 0 || notify_front_end(result == REJECTED ? REJECTED : DONE) < 0) return -1;
+        } else if (poll(&input, 1, 0) != 0) {
+            read_more(&reader);
         } else {
-            sigwaitinfo(&bell, NULL);
+            sigwaitinfo(&notification, NULL);
         }
     }
 }
 
-// Serves whoever started the engine by hand: prompts from stdin, one per line.
+// Answers the prompts of an engine that was started by hand: the lines of stdin. Returns 0, or -1
+// if the session ended before the end of the input.
 static inline int serve_stdin(Answer *answer, Session *session) {
     LineReader reader = {.fd = STDIN_FILENO};
     char prompt[MAX_PROMPT_LEN];
+    struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
     bool marks = isatty(STDIN_FILENO);
     for (;;) {
         if (marks) fputs(PROMPT_MARK, stdout);
         if (flush_output() < 0) return -1;
         int length;
-        while ((length = next_line(&reader, prompt)) == NO_LINE_YET) fill(&reader);
+        while ((length = next_line(&reader, prompt)) == NO_LINE_YET) {
+            poll(&input, 1, -1); // stdin may be non-blocking, and must not be read in a busy loop
+            read_more(&reader);
+        }
         if (length == END_OF_INPUT) break;
-        if (length == LINE_TOO_LONG) refuse_long_prompt();
+        if (length == LINE_TOO_LONG) printf(TOO_LONG_MESSAGE, MAX_PROMPT_LEN);
         else if (length > 0 && answer(session, prompt, (size_t)length) < 0) return -1;
     }
     if (marks) fputc('\n', stdout);
-    return 0;
+    return report_read_error(&reader);
 }
 
-// Answers the prompts of the command line, or else those of the front end, or else those of stdin,
-// until there are no more. Returns 0, or -1 if the session ended before that.
+// Answers the prompts of the command line; if there are none, those of main or else of stdin.
+// Returns 0, or -1 if the session ended before all were answered.
 static inline int serve(Answer *answer, Session *session, char **prompts, int count) {
     if (count == 0 && is_child_of_front_end()) return serve_front_end(answer, session);
     if (count == 0) return serve_stdin(answer, session);
     for (int i = 0; i < count; i++) {
         size_t length = strlen(prompts[i]);
-        if (length > MAX_PROMPT_LEN) refuse_long_prompt();
+        if (length > MAX_PROMPT_LEN) printf(TOO_LONG_MESSAGE, MAX_PROMPT_LEN);
         else if (answer(session, prompts[i], length) < 0) return -1;
     }
     return 0;
@@ -300,10 +413,10 @@ static inline int serve(Answer *answer, Session *session, char **prompts, int co
 // ------------------------------------------------------------------------------------------------
 // Scheduling policies, sched(7)
 
-// The argument of SYS_sched_setattr, sched_setattr(2). <sched.h> has it as struct sched_attr since
-// glibc 2.41, and not before, hence a name of our own.
+// The argument of SYS_sched_setattr, sched_setattr(2). It has a name of its own because <sched.h>
+// defines struct sched_attr since glibc 2.41, but not before.
 typedef struct {
-    uint32_t size;     // of this structure, for the kernel to know its version
+    uint32_t size;     // of this structure, which tells the kernel its version
     uint32_t policy;   // SCHED_...
     uint64_t flags;    // 0
     int32_t nice;      // SCHED_OTHER, SCHED_BATCH, SCHED_IDLE: -20..19
@@ -314,10 +427,10 @@ typedef struct {
 } SchedulingAttributes;
 
 #ifndef SCHED_DEADLINE
-#define SCHED_DEADLINE 6 // musl's <sched.h> does not have it
+#define SCHED_DEADLINE 6 // not in musl's <sched.h>
 #endif
 
-// Indexed by the kernel's numbers; 4 was never used.
+// The names of the policies by the kernel's numbers. Number 4 is not in use: NULL.
 static const char *const policy_names[] = {
     [SCHED_OTHER] = "SCHED_OTHER", [SCHED_FIFO] = "SCHED_FIFO", [SCHED_RR] = "SCHED_RR",
     [SCHED_BATCH] = "SCHED_BATCH", [SCHED_IDLE] = "SCHED_IDLE", [SCHED_DEADLINE] = "SCHED_DEADLINE",

@@ -20,26 +20,27 @@ static void run_pass(Pass *pass) {
     forward_steps(pass, 0);
 }
 
-_Noreturn static void usage(const char *program) {
-    complain("Usage: %s " SETTINGS_USAGE " <seed> [\"prompt\" ...]\n" SETTINGS_HELP
-             "\n  prompt              answered in turn; without one, prompts are read from stdin",
-             program);
-    exit(2);
-}
+#define USAGE                                                                                      \
+    "Usage: %s " SETTINGS_USAGE " <seed> [\"prompt\" ...]\n" SETTINGS_HELP                         \
+    "\n  prompt              answered in turn; without one, prompts are read from stdin"
+
+static void usage(const char *program, int status) { exit_with_usage(status, USAGE, program); }
 
 int main(int argc, char **argv) {
-    hold_standard_files();
+    reserve_standard_fds();
     Settings settings = DEFAULT_SETTINGS;
-    if (!parse_settings(&settings, argc, argv)) usage(argv[0]);
-    if (optind == argc || !parse_seed(argv[optind], &settings.seed)) {
-        complain(optind == argc ? "The seed is missing." : "%s is not a seed.", argv[optind]);
-        usage(argv[0]);
+    CommandLine line = {.argc = argc, .argv = argv, .wanted = 1};
+    parse_settings(&settings, &line, usage);
+    if (line.count < 1 || !parse_seed(line.operands[0], &settings.seed)) {
+        report_error(line.count < 1 ? "The seed is missing." : "%s is not a seed.",
+                     line.operands[0]);
+        usage(argv[0], 2);
     }
-    settle_seed(&settings);
+    choose_seed(&settings);
 
     Session session;
     if (build_session(&session, &settings) < 0) return 1;
-    int result = serve(generate, &session, argv + optind + 1, argc - optind - 1);
+    int result = serve(generate, &session, argv + optind, argc - optind);
     free_session(&session);
     return result < 0 ? 1 : 0;
 }

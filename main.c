@@ -1,50 +1,60 @@
-// main.c - the chat's front end: it starts an engine as a child process, hands it the user's
-// prompts, sets its scheduling policy, and logs what it does to the CPU while it works.
+// main.c - the chat's front end. It starts an engine as a child process, passes the user's prompts
+// to it, sets its scheduling policy, and logs its CPU use while it works.
 //
 // It knows nothing of models. common.h has the picture of the two processes and their protocol.
-// Whatever can happen (a line is typed, the reply is finished, the child dies, somebody interrupts,
-// a line of the log is due) is waited for in one place, the ppoll(2) of wait_for_event().
+// All events (a line is typed, the reply is finished, the child dies, an interrupt, a log line is
+// due) are awaited in one place, the ppoll(2) of wait_for_event(), and handled in another,
+// handle_events(). main never blocks anywhere else: signals would have to wait as long.
 #define _GNU_SOURCE
 #include "common.h"
-#include <ctype.h>
 #include <dirent.h>
 #include <limits.h>
+#include <math.h>
+#include <sys/auxv.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 
-#define SAMPLE_INTERVAL 0.3 // seconds between two lines of the log
-#define GRACE_PERIOD 2.0    // seconds that an interrupted engine is given to end
+#define SAMPLE_INTERVAL 0.3 // seconds between two log lines
+#define GRACE_PERIOD 2.0    // seconds until an engine that is told to exit is killed
+#define NEVER INFINITY      // a time that does not come
 
 // ------------------------------------------------------------------------------------------------
 // Options
+
+#define SETTINGS_COUNT ((sizeof(SETTINGS_OPTIONS) - 1) / 2) // each is a letter and a colon
 
 typedef struct {
     Settings settings;
     SchedulingAttributes attributes;
     bool policy_given, nice_given, priority_given, times_given;
-    const char *threads;     // of -j, or NULL
-    char **engine_arguments; // for execv(3): name, options, threads, seed, NULL
+    char *threads;                         // of -j, or NULL
+    char *setting_values[SETTINGS_COUNT];  // as they were typed; NULL: not given
+    char setting_names[SETTINGS_COUNT][3]; // "-d" ...
+    char seed[24];
+    char *engine_arguments[2 * SETTINGS_COUNT +
+                           4]; // for execv(3): name, settings, threads, seed, NULL
 } Options;
 
-_Noreturn static void usage(const char *program) {
-    complain(
-        "Usage: %s [-s policy] [-n nice] [-r priority] [-D runtime:deadline:period] [-j threads]\n"
-        "       " SETTINGS_USAGE " [seed]\n"
-        "  -s policy           SCHED_OTHER (the default), SCHED_BATCH or SCHED_IDLE, with -n;\n"
-        "                      SCHED_FIFO or SCHED_RR, with -r; SCHED_DEADLINE, with -D\n"
-        "  -n nice             -20 (most CPU time) to 19 (least); default: that of this program\n"
-        "  -r priority         1 (the default) to 99 (most urgent)\n"
-        "  -D runtime:deadline:period   in nanoseconds, or with us or ms: 10ms:20ms:20ms\n"
-        "  -j threads          1 to %d: run ./parallel instead of ./inference\n" SETTINGS_HELP
-        "\nThe log goes to stderr: %s 42 2>log",
-        program, MAX_THREADS, program);
-    exit(2);
+#define USAGE                                                                                      \
+    "Usage: %s [-s policy] [-n nice] [-r priority] [-D runtime:deadline:period] [-j threads]\n"    \
+    "       " SETTINGS_USAGE " [seed]\n"                                                           \
+    "  -s policy           SCHED_OTHER (the default), SCHED_BATCH or SCHED_IDLE, with -n;\n"       \
+    "                      SCHED_FIFO or SCHED_RR, with -r; SCHED_DEADLINE, with -D\n"             \
+    "  -n nice             -20 (most CPU time) to 19 (least); default: that of this program\n"     \
+    "  -r priority         1 (the default) to 99 (most urgent)\n"                                  \
+    "  -D runtime:deadline:period   in nanoseconds, or with us or ms: 10ms:20ms:20ms\n"            \
+    "  -j threads          1 to %d: run ./parallel instead of ./inference\n" SETTINGS_HELP         \
+    " (default: 42)\n\nThe log goes to stderr: %s 42 2>log"
+
+_Noreturn static void usage(const char *program, int status) {
+    exit_with_usage(status, USAGE, program, MAX_THREADS, program);
 }
 
-// A policy's number for its name in any case, with or without SCHED_; or -1.
+// Returns the number of a policy by its name, in any case and with or without SCHED_; or -1.
 static int find_policy(const char *name) {
     if (strncasecmp(name, "SCHED_", 6) == 0) name += 6;
     if (strcasecmp(name, "NORMAL") == 0) return SCHED_OTHER;
@@ -53,7 +63,8 @@ static int find_policy(const char *name) {
     return -1;
 }
 
-// Reads one time of -D, which ends at the character `end`, and moves *text behind it.
+// Parses one time of -D, which ends at the character `end`, and moves *text behind that. Returns
+// false if it is no time.
 static bool parse_time(const char **text, char end, uint64_t *nanoseconds) {
     char *rest;
     if (!isdigit((unsigned char)**text)) return false;
@@ -69,107 +80,130 @@ static bool parse_time(const char **text, char end, uint64_t *nanoseconds) {
 
 #define POLICY_OPTIONS "s:n:r:D:j:" // main's own, for getopt(3)
 
-// Takes one of them. False, after a complaint, if its value will not do.
-static bool take_policy_option(Options *options, int option, const char *value) {
+// Parses one of them. Returns false after reporting a bad value.
+static bool parse_policy_option(Options *options, int option, char *value) {
     SchedulingAttributes *attributes = &options->attributes;
     long number = 0;
-    bool good = true;
+    bool valid = true;
+    const char *expected = "";
+    char threads_range[40];
+    snprintf(threads_range, sizeof(threads_range), "an integer from 1 to %d", MAX_THREADS);
     switch (option) {
     case 's':
+        expected = "OTHER, BATCH, IDLE, FIFO, RR or DEADLINE, with or without SCHED_";
         options->policy_given = true;
         number = find_policy(value);
-        if ((good = number >= 0)) attributes->policy = (uint32_t)number;
+        valid = number >= 0;
+        attributes->policy = valid ? (uint32_t)number : SCHED_OTHER;
         break;
     case 'n':
+        expected = "an integer from -20 to 19";
         options->nice_given = true;
-        if ((good = parse_integer(value, -20, 19, &number))) attributes->nice = (int32_t)number;
+        valid = parse_integer(value, -20, 19, &number);
+        attributes->nice = (int32_t)number;
         break;
     case 'r':
+        expected = "an integer from 1 to 99";
         options->priority_given = true;
-        if ((good = parse_integer(value, 1, 99, &number))) attributes->priority = (uint32_t)number;
+        valid = parse_integer(value, 1, 99, &number);
+        attributes->priority = (uint32_t)number;
         break;
     case 'D': {
+        expected = "runtime:deadline:period in nanoseconds, or with us or ms, like 10ms:20ms:20ms";
         options->times_given = true;
         const char *text = value;
-        good = parse_time(&text, ':', &attributes->runtime) &&
-               parse_time(&text, ':', &attributes->deadline) &&
-               parse_time(&text, '\0', &attributes->period);
+        valid = parse_time(&text, ':', &attributes->runtime) &&
+                parse_time(&text, ':', &attributes->deadline) &&
+                parse_time(&text, '\0', &attributes->period);
         break;
     }
     case 'j':
+        expected = threads_range;
         options->threads = value;
-        good = parse_integer(value, 1, MAX_THREADS, &number);
+        valid = parse_integer(value, 1, MAX_THREADS, &number);
         break;
     }
-    if (!good) complain("-%c %s: this value is not in the option's range.", option, value);
-    return good;
+    if (!valid) report_error(BAD_VALUE, option, value, expected);
+    return valid;
 }
 
-// Every policy has parameters of its own. One that belongs to another policy is a mistake to tell,
-// and one that was not given has a default.
-static bool settle_policy(Options *options) {
-    SchedulingAttributes *attributes = &options->attributes;
-    const char *name = policy_names[attributes->policy];
+// Every policy has parameters of its own. Returns what is wrong with those that were given, or
+// NULL.
+static const char *find_policy_mistake(const Options *options) {
+    const SchedulingAttributes *attributes = &options->attributes;
     bool real_time = attributes->policy == SCHED_FIFO || attributes->policy == SCHED_RR;
     bool deadline = attributes->policy == SCHED_DEADLINE;
-    const char *mistake = options->nice_given && (real_time || deadline)
-                              ? "takes no nice value (-n)"
-                          : options->priority_given && !real_time ? "takes no priority (-r)"
-                          : options->times_given && !deadline     ? "takes no times (-D)"
-                          : deadline && !options->times_given ? "needs -D runtime:deadline:period"
-                                                              : NULL;
-    if (mistake) {
-        complain("%s %s.", name, mistake);
-        return false;
-    }
-    // sched_setattr(2) sets the nice value along with the policy: "unchanged" is main's own.
-    if (!options->nice_given) attributes->nice = getpriority(PRIO_PROCESS, 0);
-    if (real_time && !options->priority_given) attributes->priority = 1;
-    return true;
+    if (options->nice_given && (real_time || deadline)) return "takes no nice value (-n)";
+    if (options->priority_given && !real_time) return "takes no priority (-r)";
+    if (options->times_given && !deadline) return "takes no times (-D)";
+    if (deadline && !options->times_given) return "needs -D runtime:deadline:period";
+    if (attributes->runtime > attributes->deadline || attributes->deadline > attributes->period)
+        return "needs -D with runtime <= deadline <= period";
+    return NULL;
 }
 
-// All mistakes are told here, before anything is started. The strings that the engine gets live as
-// long as main does.
-static Options parse_options(int argc, char **argv) {
-    Options options = {.settings = DEFAULT_SETTINGS,
-                       .attributes.size = sizeof(SchedulingAttributes)};
-    bool good = true;
-    char **argument = options.engine_arguments = calloc((size_t)argc + 4, sizeof(char *));
-    if (argument == NULL) exit(1);
-    argument++; // the engine's own name is filled in last, when it is known
-    for (int option; (option = getopt(argc, argv, ":" POLICY_OPTIONS SETTINGS_OPTIONS)) != -1;) {
-        if (strchr(POLICY_OPTIONS, option) && option != ':')
-            good = take_policy_option(&options, option, optarg) && good;
-        else
-            good = take_setting(&options.settings, option, optarg) &&
-                   asprintf(argument++, "-%c%s", option, optarg) > 0 && good;
+// Builds the engine's command line. It gets the settings as the user typed them.
+static void set_engine_arguments(Options *options) {
+    char **argument = options->engine_arguments;
+    *argument++ = options->threads ? "parallel" : "inference";
+    for (size_t i = 0; i < SETTINGS_COUNT; i++) {
+        if (options->setting_values[i] == NULL) continue;
+        snprintf(options->setting_names[i], 3, "-%c", SETTINGS_OPTIONS[2 * i]);
+        *argument++ = options->setting_names[i];
+        *argument++ = options->setting_values[i];
     }
-    if (optind < argc && !parse_seed(argv[optind], &options.settings.seed)) {
-        complain("%s is not a seed.", argv[optind]);
-        good = false;
-    }
-    if (argc - optind > 1) {
-        complain("Only one seed is taken, and nothing behind it.");
-        good = false;
-    }
-    if (!good || !settle_policy(&options)) usage(argv[0]);
+    if (options->threads) *argument++ = options->threads;
+    snprintf(options->seed, sizeof(options->seed), "%llu", options->settings.seed);
+    *argument = options->seed;
+}
 
-    settle_seed(&options.settings);
-    options.engine_arguments[0] = options.threads ? "parallel" : "inference";
-    if (options.threads) *argument++ = (char *)options.threads;
-    if (asprintf(argument, "%llu", options.settings.seed) < 0) exit(1);
-    return options;
+// Parses the command line into *options, which must be zero. Reports all mistakes in it and then
+// ends the program with its usage, before anything is started.
+static void parse_options(Options *options, int argc, char **argv) {
+    CommandLine line = {.argc = argc, .argv = argv, .wanted = 1};
+    SchedulingAttributes *attributes = &options->attributes;
+    bool valid = true;
+    options->settings = DEFAULT_SETTINGS;
+    attributes->size = sizeof(SchedulingAttributes);
+    for (int option; (option = next_option(&line, "+:h" POLICY_OPTIONS SETTINGS_OPTIONS)) != -1;) {
+        const char *setting = strchr(SETTINGS_OPTIONS, option);
+        if (option == 'h') usage(argv[0], 0);
+        if (setting) options->setting_values[(setting - SETTINGS_OPTIONS) / 2] = optarg;
+        valid =
+            (strchr(POLICY_OPTIONS, option) ? parse_policy_option(options, option, optarg)
+                                            : parse_setting(&options->settings, option, optarg)) &&
+            valid;
+    }
+    if (line.count == 1 && !parse_seed(line.operands[0], &options->settings.seed)) {
+        report_error("%s is not a seed.", line.operands[0]);
+        valid = false;
+    }
+    if (optind < argc) {
+        report_error("%s: nothing but options may follow the seed.", argv[optind]);
+        valid = false;
+    }
+    const char *mistake = valid ? find_policy_mistake(options) : NULL;
+    if (mistake) report_error("%s %s.", policy_names[attributes->policy], mistake);
+    if (!valid || mistake) usage(argv[0], 2);
+
+    // sched_setattr(2) sets the nice value along with the policy: by default to main's own.
+    if (!options->nice_given) attributes->nice = getpriority(PRIO_PROCESS, 0);
+    bool real_time = attributes->policy == SCHED_FIFO || attributes->policy == SCHED_RR;
+    if (real_time && !options->priority_given) attributes->priority = 1;
+    choose_seed(&options->settings);
+    set_engine_arguments(options);
 }
 
 // ------------------------------------------------------------------------------------------------
 // Scheduling policy, with the raw system call
 
+// Calls sched_setattr(2). Returns 0, or -1 with errno.
 static int set_attributes(pid_t thread, const SchedulingAttributes *attributes) {
     return (int)syscall(SYS_sched_setattr, thread, attributes, 0u);
 }
 
-// Sets the policy of one thread. SCHED_IDLE's call ignores the nice value, so another one is set
-// before, as SCHED_OTHER's. Returns 0 or -1 with errno.
+// Sets the policy of one thread. Returns 0, or -1 with errno. With SCHED_IDLE the kernel ignores
+// the nice value in this call, so a new one is set before, with SCHED_OTHER.
 static int set_policy(pid_t thread, const SchedulingAttributes *attributes) {
     if (attributes->policy == SCHED_IDLE &&
         getpriority(PRIO_PROCESS, (id_t)thread) != attributes->nice) {
@@ -180,7 +214,8 @@ static int set_policy(pid_t thread, const SchedulingAttributes *attributes) {
     return set_attributes(thread, attributes);
 }
 
-// Sets the policy of all threads that a process has now. A thread that has just ended is no error.
+// Sets the policy of all threads of a process, but not of those that it creates later. Returns 0,
+// or -1 with errno. A thread that has just ended is no error.
 static int set_policy_of_threads(pid_t pid, const SchedulingAttributes *attributes) {
     char path[64];
     snprintf(path, sizeof(path), "/proc/%d/task", (int)pid);
@@ -197,200 +232,263 @@ static int set_policy_of_threads(pid_t pid, const SchedulingAttributes *attribut
     return result;
 }
 
-// Would a line written there now be taken at once, or fail at once?
-static bool would_take(int fd) {
-    return poll(&(struct pollfd){.fd = fd, .events = POLLOUT}, 1, 0) == 1;
-}
-
-// The causes are those of sched_setattr(2) and sched(7).
-static void complain_of_refusal(const SchedulingAttributes *attributes, int cause) {
-    if (!would_take(STDERR_FILENO)) return; // nobody reads: rather lose the line than hang
+// Reports why the kernel refused a policy, and what it needs; the causes are those of
+// sched_setattr(2) and sched(7).
+static void report_policy_error(const SchedulingAttributes *attributes, int cause) {
     bool deadline = attributes->policy == SCHED_DEADLINE;
     const char *advice = "see sched_setattr(2)";
     if (cause == EPERM && deadline)
-        advice = "it takes root or CAP_SYS_NICE, and an affinity of all CPUs of the machine";
+        advice = "it needs root or CAP_SYS_NICE, and an affinity to all CPUs of the machine";
     else if (cause == EPERM)
-        advice =
-            "it takes root or CAP_SYS_NICE (or a resource limit that allows it, ulimit -e and -r)";
+        advice = "it needs root or CAP_SYS_NICE (or a resource limit that allows it, ulimit -e and "
+                 "-r)";
     else if (cause == EBUSY)
-        advice =
-            "the CPUs have not that much time left for the deadlines of all threads; ask for less "
-            "runtime per period";
+        advice = "the CPUs do not have that much time left for the deadlines of all threads; ask "
+                 "for less runtime per period";
     else if (cause == EINVAL && deadline)
-        advice =
-            "it takes 1024 ns <= runtime <= deadline <= period, and a period that the kernel's "
-            "sched_deadline_period_min_us and _max_us allow";
+        advice = "it needs 1024 ns <= runtime <= deadline <= period, and a period that the "
+                 "kernel's sched_deadline_period_min_us and _max_us allow";
+    else if (cause == ENOENT) advice = "it needs /proc to find the threads of the engine";
     bool real_time = attributes->policy == SCHED_FIFO || attributes->policy == SCHED_RR;
     char nice[40] = "";
     if (!deadline && !real_time)
         snprintf(nice, sizeof(nice), " with the nice value %d", (int)attributes->nice);
-    complain("The kernel refuses %s%s (%s): %s.", policy_names[attributes->policy], nice,
-             strerror(cause), advice);
+    report_error("Cannot set %s%s (%s): %s.", policy_names[attributes->policy], nice,
+                 strerror(cause), advice);
 }
 
 // ------------------------------------------------------------------------------------------------
-// The log: what /proc/<pid>/stat says of the engine, proc(5)
+// stdin, stdout and stderr without blocking
+
+// Opens a terminal or a pipe a second time, without blocking. O_NONBLOCK belongs to the open file
+// description, which main shares with the shell and the engine: fcntl(2) would set it for them,
+// too. Returns -1 for anything else (reads and writes of a file never block), and if the file
+// cannot be opened again, without /proc or the permission. Then poll(2) has to suffice.
+static int reopen_nonblocking(int fd, int access_mode) {
+    struct stat status;
+    char path[32];
+    bool pipe = fstat(fd, &status) == 0 && S_ISFIFO(status.st_mode);
+    if (!pipe && !isatty(fd)) return -1;
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+    return open(path, access_mode | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+}
+
+// Makes stdout or stderr non-blocking for main alone. Returns a duplicate of what it was, for the
+// engine; or -1 with errno.
+static int make_nonblocking(int fd) {
+    int original = fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
+    int own = reopen_nonblocking(fd, O_WRONLY);
+    if (original >= 0 && own >= 0) dup2(own, fd);
+    if (own >= 0) close(own);
+    return original;
+}
+
+// Returns whether a write would succeed or fail without blocking, within so many milliseconds.
+static bool can_write(int fd, int limit) {
+    return poll(&(struct pollfd){.fd = fd, .events = POLLOUT}, 1, limit) == 1;
+}
+
+// ------------------------------------------------------------------------------------------------
+// The log: what /proc/<pid>/stat says about the engine, proc(5)
 
 typedef struct {
+    pid_t pid;
     clockid_t cpu_clock; // the engine's CPU time, of all its threads: clock_getcpuclockid(3)
-    double cpu_time;     // seconds on that clock ...
-    double time;         // ... and on everybody's, when the last sample was taken
-    bool told;           // a line has been written since the prompt
+    double cpu_time;     // on that clock when the last sample was taken, in seconds
+    double time;         // likewise on CLOCK_MONOTONIC
+    bool logged;         // a line has been written since the prompt
+    bool shares_screen;  // the log and the replies go to the same terminal
+    const char *failure; // the file that made a line fail, until it is reported
+    int failure_errno;
+    bool failure_reported;
 } CpuMeter;
 
-static double cpu_seconds(clockid_t clock) {
-    struct timespec time = {0};
-    clock_gettime(clock, &time);
-    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+enum { STATE = 3, UTIME = 14, STIME, NICE = 19, VSIZE = 23, CPU = 39, POLICY = 41, FIELDS_END };
+
+// Splits the text of /proc/<pid>/stat: name[0..length) is field 2 with its parentheses, fields[i]
+// is field i from STATE on. Returns false if fields are missing. The name may hold spaces and
+// parentheses, so the fields behind it begin after the last ')'.
+static bool split_stat(char *stat, char **name, int *length, char *fields[FIELDS_END]) {
+    char *name_end = strrchr(stat, ')'), *position;
+    *name = strchr(stat, '(');
+    if (*name == NULL || name_end == NULL) return false;
+    *length = (int)(name_end + 1 - *name);
+    for (int i = STATE; i < FIELDS_END; i++) {
+        fields[i] = strtok_r(i == STATE ? name_end + 1 : NULL, " \n", &position);
+        if (fields[i] == NULL) return false;
+    }
+    return true;
 }
 
 static void start_sampling(CpuMeter *meter) {
-    meter->cpu_time = cpu_seconds(meter->cpu_clock);
-    meter->time = seconds();
-    meter->told = false;
+    meter->cpu_time = seconds(meter->cpu_clock);
+    meter->time = seconds(CLOCK_MONOTONIC);
+    meter->logged = false;
 }
 
-// Writes one line of the log. utime and stime are in clock ticks, vsize is in bytes. The name,
-// field 2, may hold spaces and parentheses, so what follows it is found behind the last ')'.
-static void log_sample(CpuMeter *meter, pid_t pid) {
-    if (!would_take(STDERR_FILENO)) return; // nobody reads the log: rather lose a line than hang
-    char path[64], stat[4096];
-    snprintf(path, sizeof(path), "/proc/%d/stat", (int)pid);
+// Remembers the first failure of the log. It is reported when the reply is finished.
+static void note_failure(CpuMeter *meter, const char *file) {
+    if (meter->failure == NULL) meter->failure_errno = errno;
+    if (meter->failure == NULL) meter->failure = file;
+}
+
+// Writes one log line. utime and stime are in clock ticks, vsize is in bytes. If nobody reads the
+// log the line is lost, rather than main blocked. `in_reply`: the cursor may be in a line of the
+// reply.
+static void log_sample(CpuMeter *meter, bool in_reply) {
+    char path[64], stat[4096], line[1024], *name, *fields[FIELDS_END];
+    int name_length;
+    if (!can_write(STDERR_FILENO, 0)) return;
+    snprintf(path, sizeof(path), "/proc/%d/stat", (int)meter->pid);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return;
-    ssize_t length = read(fd, stat, sizeof(stat) - 1);
-    close(fd);
+    ssize_t length = fd < 0 ? -1 : read(fd, stat, sizeof(stat) - 1);
+    if (length < 0) note_failure(meter, "/proc/<pid>/stat");
+    if (fd >= 0) close(fd);
     stat[length > 0 ? length : 0] = '\0';
-    char *name = strchr(stat, '('), *name_end = strrchr(stat, ')');
-    if (name == NULL || name_end == NULL) return;
+    if (!split_stat(stat, &name, &name_length, fields)) return;
 
-    enum { STATE = 3, UTIME = 14, STIME, NICE = 19, VSIZE = 23, CPU = 39, POLICY = 41, END };
-    char *field[END] = {NULL}, *rest = name_end + 1, *space;
-    for (int i = STATE; i < END; i++)
-        if ((field[i] = strtok_r(rest, " \n", &space)) == NULL) return;
-        else rest = NULL;
-
-    double cpu_time = cpu_seconds(meter->cpu_clock), time = seconds();
+    double cpu_time = seconds(meter->cpu_clock), time = seconds(CLOCK_MONOTONIC);
     double percent = 100 * (cpu_time - meter->cpu_time) / (time - meter->time);
-    unsigned policy = (unsigned)atoi(field[POLICY]);
+    unsigned policy = (unsigned)atoi(fields[POLICY]);
     const char *policy_name = policy < POLICY_COUNT ? policy_names[policy] : NULL;
-    fprintf(stderr,
-            "[pid] %d [tcomm] %.*s [state] %s [policy] %s [nice] %s [vsize] %s [task_cpu] %s "
-            "[utime] %s [stime] %s [cpu%%] %.2f%%\n",
-            (int)pid, (int)(name_end + 1 - name), name, field[STATE],
-            policy_name ? policy_name : field[POLICY], field[NICE], field[VSIZE], field[CPU],
-            field[UTIME], field[STIME], percent);
+    length = snprintf(line, sizeof(line),
+                      "%s[pid] %d [tcomm] %.*s [state] %s [policy] %s [nice] %s [vsize] %s "
+                      "[task_cpu] %s [utime] %s [stime] %s [cpu%%] %.2f%%\n",
+                      in_reply && meter->shares_screen ? "\n" : "", (int)meter->pid, name_length,
+                      name, fields[STATE], policy_name ? policy_name : fields[POLICY], fields[NICE],
+                      fields[VSIZE], fields[CPU], fields[UTIME], fields[STIME], percent);
+    // EAGAIN: the line is lost. EBADF: stderr was closed from the beginning, so no log is wanted.
+    if (write(STDERR_FILENO, line, (size_t)length) < 0 && errno != EAGAIN && errno != EBADF)
+        note_failure(meter, "stderr");
     meter->cpu_time = cpu_time;
     meter->time = time;
-    meter->told = true;
+    meter->logged = true;
+}
+
+// Reports once why the log is not complete.
+static void report_log_failure(CpuMeter *meter) {
+    if (meter->failure == NULL || meter->failure_reported) return;
+    meter->failure_reported = true;
+    report_error("The log is not complete: %s: %s.", meter->failure,
+                 strerror(meter->failure_errno));
 }
 
 // ------------------------------------------------------------------------------------------------
 // The child
 
-// What main changes for itself and gives back to the child between fork and exec.
+// What main has changed for itself, as the child gets it back between fork and exec.
 typedef struct {
     sigset_t mask;
-    struct sigaction child_action, pipe_action;
-} SignalState;
+    struct sigaction sigchld, sigpipe, sigxfsz;
+    int stdout_fd, stderr_fd; // duplicates
+} Inherited;
 
 typedef struct {
     pid_t pid;
-    int prompts; // write end of the pipe that is the engine's stdin
-    int returns; // read end of the return pipe, which never waits
+    int prompts; // write end of the pipe that is the engine's stdin, non-blocking
+    int returns; // read end of the return pipe, non-blocking; -1 when the engine has closed it
 } Child;
 
-// The engine's binary stands beside main's own, wherever the user called it from.
+// Finds the engine's binary beside main's own, wherever main was called from.
 static void engine_path(char path[PATH_MAX], const char *name) {
     ssize_t length = readlink("/proc/self/exe", path, PATH_MAX - 1);
     path[length > 0 ? length : 0] = '\0';
+    if (length <= 0 && realpath((const char *)getauxval(AT_EXECFN), path) == NULL) path[0] = '\0';
     char *slash = strrchr(path, '/');
     size_t folder = slash ? (size_t)(slash + 1 - path) : 0;
     snprintf(path + folder, PATH_MAX - folder, "%s", name);
 }
 
-// The child's side of fork(2). Between fork and exec it is still main: it takes the pipes' ends,
-// gives up main's signal settings, and waits at the gate until main has set its policy.
-_Noreturn static void become_engine(const char *path, const Options *options, pid_t front_end,
-                                    int gate, int prompts, int returns, const SignalState *before) {
-    // The engine must not outlive main, not even if main is killed, or was before this call.
-    prctl(PR_SET_PDEATHSIG, SIGKILL);
-    if (getppid() != front_end) _exit(1);
-
-    char byte;
-    if (read(gate, &byte, 1) != 1) _exit(1); // main gave up
-    dup2(prompts, STDIN_FILENO);
-    if (returns == RETURN_FD) fcntl(returns, F_SETFD, 0); // dup2(2) would leave close-on-exec set
-    else dup2(returns, RETURN_FD);
-
+// Undoes in the child what main has changed for itself, and puts the pipes where the engine finds
+// them. Returns 0, or -1 with errno. The order matters: RETURN_FD is in use since before the pipes
+// were opened (by a duplicate in *before, if by nothing else), so it is the number of neither end.
+static int restore_inherited(const Inherited *before, pid_t front_end, int prompts, int returns) {
     char pid[24];
     snprintf(pid, sizeof(pid), "%d", (int)front_end);
-    setenv(FRONT_END_ENV, pid, 1);
-    sigaction(SIGCHLD, &before->child_action, NULL);
-    sigaction(SIGPIPE, &before->pipe_action, NULL);
+    if (dup2(before->stdout_fd, STDOUT_FILENO) < 0 || dup2(before->stderr_fd, STDERR_FILENO) < 0 ||
+        dup2(prompts, STDIN_FILENO) < 0 || dup2(returns, RETURN_FD) < 0 ||
+        setenv(FRONT_END_ENV, pid, 1) < 0)
+        return -1;
+    sigaction(SIGCHLD, &before->sigchld, NULL);
+    sigaction(SIGPIPE, &before->sigpipe, NULL);
+    sigaction(SIGXFSZ, &before->sigxfsz, NULL);
+    // An early SIGUSR1 stays pending until the engine waits for it, and a stray SIGUSR2 kills
+    // nobody.
     sigset_t mask = before->mask;
-    sigaddset(&mask, SIGUSR1); // a bell that comes before the engine listens has to wait
-    sigprocmask(SIG_SETMASK, &mask, NULL);
+    sigaddset(&mask, SIGUSR1);
+    sigaddset(&mask, SIGUSR2);
+    return sigprocmask(SIG_SETMASK, &mask, NULL);
+}
 
+// The child's side of fork(2): waits for the byte in the start pipe, which main writes when it has
+// set the policy, and then becomes the engine.
+_Noreturn static void exec_engine(const char *path, const Options *options, pid_t front_end,
+                                  int start, int prompts, int returns, const Inherited *before) {
+    // The engine must not outlive main, not even if main is killed, or was before this call.
+    char byte;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != front_end || read(start, &byte, 1) != 1) _exit(1);
+    if (restore_inherited(before, front_end, prompts, returns) < 0) {
+        report_error("Cannot prepare the engine's process: %s.", strerror(errno));
+        _exit(1);
+    }
     execv(path, options->engine_arguments);
-    complain("Cannot execute %s (%s). Build it with: make", path, strerror(errno));
+    report_error("Cannot execute %s (%s). Build it with: make", path, strerror(errno));
     _exit(1);
 }
 
-// Starts the engine with the policy of the options. Returns 0, or -1 with the reason told.
-static int start_engine(Child *child, const Options *options, const SignalState *before) {
+// Starts the engine with the policy of the options. Returns 0, or -1 after reporting the error.
+static int start_engine(Child *child, const Options *options, const Inherited *before) {
     char path[PATH_MAX];
     engine_path(path, options->engine_arguments[0]);
     if (access(path, X_OK) < 0) {
-        complain("Cannot execute %s (%s). Build it with: make", path, strerror(errno));
+        report_error("Cannot execute %s (%s). Build it with: make", path, strerror(errno));
         return -1;
     }
-    int prompts[2], returns[2], gate[2];
+    int prompts[2], returns[2], start[2];
     if (pipe2(prompts, O_CLOEXEC) < 0 || pipe2(returns, O_CLOEXEC) < 0 ||
-        pipe2(gate, O_CLOEXEC) < 0) {
-        complain("Cannot make a pipe: %s.", strerror(errno));
+        pipe2(start, O_CLOEXEC) < 0 || fcntl(prompts[1], F_SETFL, O_NONBLOCK) < 0 ||
+        fcntl(returns[0], F_SETFL, O_NONBLOCK) < 0) {
+        report_error("Cannot make a pipe: %s.", strerror(errno));
         return -1;
     }
-    fcntl(returns[0], F_SETFL, O_NONBLOCK);
     pid_t front_end = getpid();
     child->pid = fork();
     if (child->pid < 0) {
-        complain("Cannot start the engine's process: %s.", strerror(errno));
+        report_error("Cannot start the engine's process: %s.", strerror(errno));
         return -1;
     }
     if (child->pid == 0) {
-        close(gate[1]); // or else the child would wait for itself when main dies
-        become_engine(path, options, front_end, gate[0], prompts[0], returns[1], before);
+        close(start[1]); // or else the child would hold its own start pipe open when main dies
+        exec_engine(path, options, front_end, start[0], prompts[0], returns[1], before);
     }
     close(prompts[0]);
     close(returns[1]);
-    close(gate[0]);
+    close(start[0]);
     child->prompts = prompts[1];
     child->returns = returns[0];
 
-    // A policy that is set now is inherited by all threads that the engine creates. Not so
-    // SCHED_DEADLINE, under which it could create none: that has to wait for the ready byte.
+    // All threads that the engine creates inherit a policy that is set now. SCHED_DEADLINE is not
+    // inherited and forbids new threads, so it is set when the engine is ready.
     bool wanted = options->policy_given || options->nice_given;
-    if (options->attributes.policy != SCHED_DEADLINE &&
-        set_policy(child->pid, &options->attributes) < 0 && wanted) {
-        complain_of_refusal(&options->attributes, errno);
-        close(gate[1]); // the child sees the end of the pipe and exits
-        waitpid(child->pid, NULL, 0);
-        return -1;
-    }
-    if (write(gate[1], "", 1) < 0) complain("Cannot wake the engine: %s.", strerror(errno));
-    close(gate[1]);
-    return 0;
+    bool refused = options->attributes.policy != SCHED_DEADLINE &&
+                   set_policy(child->pid, &options->attributes) < 0 && wanted;
+    if (refused) report_policy_error(&options->attributes, errno);
+    else if (write(start[1], "", 1) == 1) return close(start[1]);
+    else report_error("Cannot start the engine: %s.", strerror(errno));
+    close(start[1]); // the child reads the end of the start pipe and exits
+    waitpid(child->pid, NULL, 0);
+    return -1;
 }
 
 // ------------------------------------------------------------------------------------------------
 // The chat
 
 typedef enum {
-    LOADING, // no input is taken before the engine is ready: if it can't start, no prompt is lost
-    ASKING,  // waiting for the user
-    WORKING, // waiting for the engine
-    LEAVING  // waiting for the engine's end
+    LOADING,    // until the engine is ready, no input is taken: if it fails, no prompt is lost
+    PROMPTING,  // waiting for the user
+    GENERATING, // waiting for the engine's reply
+    EXITING     // waiting for the engine's exit
 } Phase;
 
 typedef struct {
@@ -400,143 +498,208 @@ typedef struct {
     Phase phase;
     LineReader input;
     CpuMeter meter;
-    double deadline;    // when the wait must end: next line of the log, or the end of patience
+    char output[512];     // text that stdout has not taken yet
+    size_t output_length; // no input is taken before it is 0
+    double wake_time;   // CLOCK_MONOTONIC: the next log line is due, or the engine's grace is over
     int interrupt;      // the SIGINT or SIGTERM that ends the chat, or 0
-    bool mark_due;      // the prompt mark is not printed yet
-    bool line_ended;    // the prompt mark is not the last thing on the screen
-    bool output_closed; // nobody reads our stdout any more
-    bool failed;        // the chat must end with an error, which has been told
+    bool line_ended;    // the cursor is not behind a prompt mark or in a reply
+    bool output_closed; // stdout cannot be written
+    bool failed;        // an error that has been reported ends the chat
 } Chat;
 
-// Closing the pipe says goodbye to the engine; it is told by the same bell as a prompt. Its last
-// words, if it has any, begin on a new line behind the prompt mark.
-static void say_goodbye(Chat *chat) {
-    chat->phase = LEAVING;
-    chat->mark_due = false;
+// Appends text to the output. handle_events() writes it as soon as stdout takes it.
+__attribute__((format(printf, 2, 3))) static void print(Chat *chat, const char *format, ...) {
+    size_t room = sizeof(chat->output) - chat->output_length;
+    va_list arguments;
+    va_start(arguments, format);
+    size_t length = (size_t)vsnprintf(chat->output + chat->output_length, room, format, arguments);
+    va_end(arguments);
+    if (!chat->output_closed) chat->output_length += length < room ? length : room - 1;
+}
+
+// Asks the engine to exit: it reads the end of the pipe. It is notified of that as of a prompt.
+// What it may still print begins on a new line behind the prompt mark.
+static void dismiss_engine(Chat *chat) {
+    if (chat->phase == EXITING) return;
+    chat->phase = EXITING;
+    chat->wake_time = chat->failed ? seconds(CLOCK_MONOTONIC) + GRACE_PERIOD : NEVER;
     chat->line_ended = true;
-    putchar('\n');
-    fflush(stdout);
+    print(chat, "\n");
     close(chat->child.prompts);
     kill(chat->child.pid, SIGUSR1);
 }
 
-// Asks for a prompt, as soon as stdout takes the mark: main must not wait in write(2), where no
-// signal would reach it.
-static void ask(Chat *chat, Phase phase) {
-    chat->phase = phase;
-    chat->mark_due = true;
+// Ends the chat after an error. An engine that does not exit in time is killed.
+static void fail(Chat *chat) {
+    chat->failed = true;
+    dismiss_engine(chat);
 }
 
-static void print_mark(Chat *chat) {
-    chat->mark_due = false;
-    fputs(PROMPT_MARK, stdout);
-    if (flush_output() == 0) return;
-    chat->output_closed = true;
-    say_goodbye(chat);
+// Writes as much of the output as stdout takes now.
+static void write_output(Chat *chat) {
+    ssize_t count = write(STDOUT_FILENO, chat->output, chat->output_length);
+    if (count < 0 && (errno == EAGAIN || errno == EINTR)) return;
+    if (count < 0) {
+        if (errno != EPIPE && errno != EBADF)
+            report_error("Cannot write the output: %s.", strerror(errno));
+        chat->output_closed = true;
+        chat->output_length = 0;
+        fail(chat);
+        return;
+    }
+    chat->output_length -= (size_t)count;
+    memmove(chat->output, chat->output + count, chat->output_length);
 }
 
-// Passes an interrupt on. SIGCONT wakes a stopped engine, which would not notice it.
+static void ask_for_prompt(Chat *chat) {
+    chat->phase = PROMPTING;
+    chat->wake_time = NEVER;
+    print(chat, PROMPT_MARK);
+}
+
+// Passes an interrupt on. SIGCONT continues a stopped engine, which would not see it otherwise.
 static void interrupt_engine(Chat *chat, int signal) {
-    chat->phase = LEAVING;
-    chat->mark_due = false;
+    chat->phase = EXITING;
     chat->interrupt = signal;
-    chat->deadline = seconds() + GRACE_PERIOD;
+    chat->wake_time = seconds(CLOCK_MONOTONIC) + GRACE_PERIOD;
     kill(chat->child.pid, signal);
     kill(chat->child.pid, SIGCONT);
 }
 
-// Sends one prompt. The engine has emptied the pipe before, so that it takes the line in one piece.
-// If the engine has died meanwhile, the write fails and SIGCHLD tells the rest.
+// Sends one prompt; line has room for its newline. The engine has emptied the pipe before, so the
+// pipe takes the line in one piece and without blocking.
 static void send_prompt(Chat *chat, char *line, size_t length) {
-    line[length] = '\n';
-    chat->phase = WORKING;
+    line[length++] = '\n';
+    chat->phase = GENERATING;
     start_sampling(&chat->meter);
-    chat->deadline = chat->meter.time + SAMPLE_INTERVAL;
-    if (write(chat->child.prompts, line, length + 1) > 0) kill(chat->child.pid, SIGUSR1);
+    chat->wake_time = chat->meter.time + SAMPLE_INTERVAL;
+    if (write(chat->child.prompts, line, length) == (ssize_t)length) {
+        kill(chat->child.pid, SIGUSR1);
+        return;
+    }
+    // EPIPE: the engine has died, which SIGCHLD reports.
+    if (errno != EPIPE) report_error("Cannot send the prompt: %s.", strerror(errno));
+    fail(chat);
 }
 
-// Takes lines of input until one is a prompt, or there are no more for now, or for good.
-static void take_input(Chat *chat) {
+// Takes lines of input until one is a prompt or no more can be taken for now.
+static void read_prompts(Chat *chat) {
     char line[MAX_PROMPT_LEN + 1];
-    while (chat->phase == ASKING && !chat->mark_due) {
+    while (chat->phase == PROMPTING && chat->output_length == 0) {
         int length = next_line(&chat->input, line);
-        if (length > 0) send_prompt(chat, line, (size_t)length);
-        else if (length == END_OF_INPUT) say_goodbye(chat);
-        else if (length == NO_LINE_YET) return;
-        else {
-            if (length == LINE_TOO_LONG) refuse_long_prompt();
-            ask(chat, ASKING);
+        if (length == NO_LINE_YET) return;
+        if (length > 0) {
+            send_prompt(chat, line, (size_t)length);
+        } else if (length == END_OF_INPUT) {
+            if (report_read_error(&chat->input) < 0) fail(chat);
+            else dismiss_engine(chat);
+        } else {
+            if (length == LINE_TOO_LONG) print(chat, TOO_LONG_MESSAGE, MAX_PROMPT_LEN);
+            ask_for_prompt(chat);
         }
     }
 }
 
-// SIGUSR2 may come from anybody; what counts is what the engine has put into the return pipe.
-static void take_returns(Chat *chat) {
+// The engine is ready. Its threads exist now, so SCHED_DEADLINE can be set. The prompt mark has
+// been printed while the model was loading.
+static void finish_loading(Chat *chat) {
+    const SchedulingAttributes *attributes = &chat->options->attributes;
+    chat->phase = PROMPTING;
+    if (attributes->policy != SCHED_DEADLINE) return;
+    if (set_policy_of_threads(chat->child.pid, attributes) == 0) return;
+    report_policy_error(attributes, errno);
+    fail(chat);
+}
+
+// A reply shorter than the interval gets one log line; a rejected prompt gets none.
+static void finish_reply(Chat *chat, char byte) {
+    if (!chat->meter.logged && byte != REJECTED) log_sample(&chat->meter, false);
+    report_log_failure(&chat->meter);
+    ask_for_prompt(chat);
+}
+
+// Reads the return pipe until it is empty. Only its bytes count: any process may send SIGUSR2.
+static void read_engine_bytes(Chat *chat) {
     char byte;
-    while (read(chat->child.returns, &byte, 1) == 1) {
-        if (chat->phase == LOADING) {
-            const SchedulingAttributes *attributes = &chat->options->attributes;
-            if (attributes->policy == SCHED_DEADLINE &&
-                set_policy_of_threads(chat->child.pid, attributes) < 0) {
-                complain_of_refusal(attributes, errno);
-                chat->failed = true;
-                say_goodbye(chat);
-                return;
-            }
-            chat->phase = ASKING; // the prompt mark came while the model loaded
-        } else if (chat->phase == WORKING) {
-            if (!chat->meter.told) log_sample(&chat->meter, chat->child.pid);
-            ask(chat, ASKING);
-        }
+    ssize_t count;
+    while ((count = read(chat->child.returns, &byte, 1)) == 1) {
+        if (chat->phase == LOADING) finish_loading(chat);
+        else if (chat->phase == GENERATING) finish_reply(chat, byte);
     }
+    if (count < 0) return;
+    close(chat->child.returns); // its end would wake ppoll(2) again and again
+    chat->child.returns = -1;
 }
 
-// Takes all signals that are pending, so that an interrupt and the death that it causes are seen
-// together. Returns true if one of them said that the child has died.
-static bool take_signals(Chat *chat) {
+// Reads all pending signals, so that an interrupt and the death that it causes are seen together.
+// Returns whether a child has died.
+static bool read_signals(Chat *chat) {
     struct signalfd_siginfo signal;
     bool child_died = false;
     while (read(chat->signals, &signal, sizeof(signal)) == sizeof(signal)) {
-        int number = (int)signal.ssi_signo;
-        if (number == SIGCHLD) child_died = true;
-        else if (number == SIGUSR2) take_returns(chat);
-        else if (number != SIGUSR1 && chat->interrupt == 0) interrupt_engine(chat, number);
+        switch (signal.ssi_signo) {
+        case SIGCHLD: child_died = true; break;
+        case SIGUSR2: read_engine_bytes(chat); break;
+        case SIGCONT: // the shell has printed something since the prompt mark
+            if (chat->phase <= PROMPTING && chat->output_length == 0) print(chat, PROMPT_MARK);
+            break;
+        case SIGINT:
+        case SIGTERM:
+            if (chat->interrupt == 0) interrupt_engine(chat, (int)signal.ssi_signo);
+            break;
+        }
     }
     return child_died;
 }
 
-// A deadline has passed.
-static void be_late(Chat *chat) {
-    if (chat->phase == WORKING) {
-        log_sample(&chat->meter, chat->child.pid);
-        chat->deadline += SAMPLE_INTERVAL;
-        // After a pause (the machine slept, the user typed Ctrl-Z) no lines are made up for.
-        if (chat->deadline < seconds()) chat->deadline = seconds() + SAMPLE_INTERVAL;
+// The wake time has come.
+static void on_timeout(Chat *chat) {
+    double now = seconds(CLOCK_MONOTONIC);
+    if (chat->phase == GENERATING) {
+        log_sample(&chat->meter, true);
+        // After a pause (the machine slept, the user typed Ctrl-Z) the missed lines are not made
+        // up.
+        chat->wake_time += SAMPLE_INTERVAL;
+        if (chat->wake_time < now) chat->wake_time = now + SAMPLE_INTERVAL;
     } else {
         kill(chat->child.pid, SIGKILL);
-        chat->deadline += GRACE_PERIOD;
+        chat->wake_time = now + GRACE_PERIOD;
     }
 }
 
-// Waits for the next thing to happen. Returns false when the child is gone, with its status.
-static bool wait_for_event(Chat *chat, int *status) {
-    struct pollfd events[] = {
-        {.fd = chat->signals, .events = POLLIN},
-        {.fd = chat->phase == ASKING && !chat->mark_due ? chat->input.fd : -1, .events = POLLIN},
-        {.fd = chat->mark_due ? STDOUT_FILENO : -1, .events = POLLOUT},
-    };
-    bool timed = chat->phase == WORKING || chat->interrupt != 0;
-    double left = chat->deadline - seconds();
+enum { SIGNALS, RETURNS, INPUT, OUTPUT, EVENT_COUNT };
+
+// Waits until one of the events comes or the wake time. Returns what ppoll(2) returns. stdin is
+// watched on the shell's description, not on main's own: a named pipe that was opened again after
+// its last writer had closed it would never become readable.
+static int wait_for_event(const Chat *chat, struct pollfd events[EVENT_COUNT]) {
+    bool takes_input = chat->phase == PROMPTING && chat->output_length == 0;
+    events[SIGNALS] = (struct pollfd){.fd = chat->signals, .events = POLLIN};
+    events[RETURNS] = (struct pollfd){.fd = chat->child.returns, .events = POLLIN};
+    events[INPUT] = (struct pollfd){.fd = takes_input ? STDIN_FILENO : -1, .events = POLLIN};
+    events[OUTPUT] =
+        (struct pollfd){.fd = chat->output_length > 0 ? STDOUT_FILENO : -1, .events = POLLOUT};
+    if (chat->wake_time == NEVER) return ppoll(events, EVENT_COUNT, NULL, NULL);
+    double left = chat->wake_time - seconds(CLOCK_MONOTONIC);
     if (left < 0) left = 0;
     struct timespec timeout = {(time_t)left, (long)(1e9 * (left - (double)(time_t)left))};
-    int ready = ppoll(events, 3, timed ? &timeout : NULL, NULL);
-    if (ready == 0) be_late(chat);
-    if (events[1].revents) fill(&chat->input);
-    if (events[2].revents) print_mark(chat);
-    return !(take_signals(chat) && waitpid(chat->child.pid, status, WNOHANG) == chat->child.pid);
+    return ppoll(events, EVENT_COUNT, &timeout, NULL);
 }
 
-// sigabbrev_np(3) would know them all, but is younger than many systems.
+// Handles what ppoll(2) has returned. Returns false when the engine is gone, with its status.
+static bool handle_events(Chat *chat, const struct pollfd events[EVENT_COUNT], int ready,
+                          int *status) {
+    if (ready == 0) on_timeout(chat);
+    if (events[RETURNS].revents) read_engine_bytes(chat);
+    if (events[INPUT].revents) read_more(&chat->input);
+    if (events[OUTPUT].revents) write_output(chat);
+    if (read_signals(chat) && waitpid(chat->child.pid, status, WNOHANG) == chat->child.pid)
+        return false;
+    read_prompts(chat);
+    return true;
+}
+
+// Returns the name of a signal. (sigabbrev_np(3) would, but is younger than many systems.)
 static const char *signal_name(int signal) {
     static const struct {
         int number;
@@ -546,63 +709,86 @@ static const char *signal_name(int signal) {
         {SIGTRAP, "SIGTRAP"}, {SIGABRT, "SIGABRT"}, {SIGBUS, "SIGBUS"},   {SIGFPE, "SIGFPE"},
         {SIGKILL, "SIGKILL"}, {SIGUSR1, "SIGUSR1"}, {SIGSEGV, "SIGSEGV"}, {SIGUSR2, "SIGUSR2"},
         {SIGPIPE, "SIGPIPE"}, {SIGALRM, "SIGALRM"}, {SIGTERM, "SIGTERM"}, {SIGXCPU, "SIGXCPU"},
-        {SIGSYS, "SIGSYS"},
+        {SIGXFSZ, "SIGXFSZ"}, {SIGSYS, "SIGSYS"},
     };
     for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
         if (names[i].number == signal) return names[i].name;
     return "another signal";
 }
 
-// Tells how the engine ended, and returns main's exit status: an interrupt's, whoever died first of
-// it; or 0 if the engine left as it was told; or 1.
-static int report_end(const Chat *chat, int status) {
+// Reports how the engine ended. Returns main's exit status: that of the interrupt, if there was
+// one, whichever process died first; 0 if the engine exited as it was asked to; else 1.
+static int report_exit(Chat *chat, int status) {
     int signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
     if (chat->interrupt) signal = chat->interrupt;
     int code = signal ? 128 + signal : WEXITSTATUS(status);
-    struct pollfd output = {.fd = STDOUT_FILENO, .events = POLLOUT};
-    bool writable = poll(&output, 1, 0) == 1 && !(output.revents & (POLLERR | POLLNVAL));
-    if (!chat->output_closed && writable) { // there is somebody to tell
-        printf("%sChild exited with %d", chat->line_ended ? "" : "\n", code);
-        if (signal) printf(" (%s)", signal_name(signal));
-        putchar('\n');
-        fflush(stdout);
-    }
-    if (chat->interrupt) return code;
-    return chat->phase == LEAVING && code == 0 && !chat->failed && !chat->output_closed ? 0 : 1;
+    int result = chat->phase == EXITING && code == 0 && !chat->failed ? 0 : 1;
+    if (chat->interrupt) result = code;
+
+    print(chat, "%sChild exited with %d", chat->line_ended ? "" : "\n", code);
+    if (signal) print(chat, " (%s)", signal_name(signal));
+    print(chat, "\n");
+    while (chat->output_length > 0 && can_write(STDOUT_FILENO, chat->interrupt ? 0 : REPORT_LIMIT))
+        write_output(chat);
+    return result;
 }
 
-// Starts the engine, holds the conversation, and returns main's exit status when the engine is
-// gone.
-static int hold_chat(const Options *options, int signals, const SignalState *before) {
-    Chat chat = {.options = options, .signals = signals, .input.fd = STDIN_FILENO};
+// Starts the engine and holds the chat. Returns main's exit status when the engine is gone.
+static int run_chat(const Options *options, int signals, const Inherited *before) {
+    Chat chat = {.options = options, .signals = signals, .wake_time = NEVER};
+    struct pollfd events[EVENT_COUNT];
+    int status, ready;
     if (start_engine(&chat.child, options, before) < 0) return 1;
+    int input = reopen_nonblocking(STDIN_FILENO, O_RDONLY);
+    chat.input.fd = input < 0 ? STDIN_FILENO : input;
+    chat.meter.pid = chat.child.pid;
+    chat.meter.shares_screen = isatty(STDOUT_FILENO) && isatty(STDERR_FILENO);
     clock_getcpuclockid(chat.child.pid, &chat.meter.cpu_clock);
-    ask(&chat, LOADING);
-    int status;
-    while (wait_for_event(&chat, &status)) take_input(&chat);
-    return report_end(&chat, status);
+    if (chat.meter.shares_screen)
+        print(&chat, "The log appears here, among the replies. To keep it apart: 2>log\n");
+    print(&chat, PROMPT_MARK);
+    do {
+        ready = wait_for_event(&chat, events);
+        if (ready < 0 && errno != EINTR) {
+            report_error("Cannot wait for the engine: %s.", strerror(errno));
+            chat.failed = true;
+            kill(chat.child.pid, SIGKILL);
+            waitpid(chat.child.pid, &status, 0);
+            break;
+        }
+    } while (handle_events(&chat, events, ready, &status));
+    return report_exit(&chat, status);
 }
 
 int main(int argc, char **argv) {
-    hold_standard_files();
-    static Options options; // as long as the program: so are the strings that it points to
-    options = parse_options(argc, argv);
+    // From here on no stray SIGUSR1 or SIGUSR2 kills main. SIGUSR1 is not for main, but the child
+    // must find it blocked from its first moment.
+    Inherited before;
+    sigset_t blocked;
+    sigemptyset(&blocked);
+    sigaddset(&blocked, SIGUSR1);
+    sigaddset(&blocked, SIGUSR2);
+    sigprocmask(SIG_BLOCK, &blocked, &before.mask);
+    reserve_standard_fds();
+    Options options = {0};
+    parse_options(&options, argc, argv);
+    if (flush_output() < 0) return 1;
 
-    // Blocked signals stay pending until they are read from the signalfd: none is lost and none
-    // interrupts anything. SIGUSR1 is not for us, but the child has to find it blocked from its
-    // first moment. A SIGCHLD that our parent had ignored would take the child's status away.
-    SignalState before;
-    sigset_t taken;
-    sigemptyset(&taken);
-    const int numbers[] = {SIGUSR1, SIGUSR2, SIGINT, SIGTERM, SIGCHLD};
-    for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++) sigaddset(&taken, numbers[i]);
-    sigprocmask(SIG_BLOCK, &taken, &before.mask);
-    sigaction(SIGCHLD, &(struct sigaction){.sa_handler = SIG_DFL}, &before.child_action);
-    sigaction(SIGPIPE, &(struct sigaction){.sa_handler = SIG_IGN}, &before.pipe_action);
-    int signals = signalfd(-1, &taken, SFD_NONBLOCK | SFD_CLOEXEC);
-    if (signals < 0) {
-        complain("Cannot make a signalfd: %s.", strerror(errno));
+    // Blocked signals stay pending until they are read from the signalfd: none is lost, and none
+    // interrupts anything. SIGCHLD must not be ignored, or the child's status would be lost.
+    const int numbers[] = {SIGINT, SIGTERM, SIGCHLD, SIGCONT};
+    for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++)
+        sigaddset(&blocked, numbers[i]);
+    sigprocmask(SIG_BLOCK, &blocked, NULL);
+    sigaction(SIGCHLD, &(struct sigaction){.sa_handler = SIG_DFL}, &before.sigchld);
+    sigaction(SIGPIPE, &(struct sigaction){.sa_handler = SIG_IGN}, &before.sigpipe);
+    sigaction(SIGXFSZ, &(struct sigaction){.sa_handler = SIG_IGN}, &before.sigxfsz);
+    before.stdout_fd = make_nonblocking(STDOUT_FILENO);
+    before.stderr_fd = make_nonblocking(STDERR_FILENO);
+    int signals = signalfd(-1, &blocked, SFD_NONBLOCK | SFD_CLOEXEC);
+    if (before.stdout_fd < 0 || before.stderr_fd < 0 || signals < 0) {
+        report_error("Cannot open a descriptor: %s.", strerror(errno));
         return 1;
     }
-    return hold_chat(&options, signals, &before);
+    return run_chat(&options, signals, &before);
 }

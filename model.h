@@ -231,9 +231,9 @@ static const Kernels *choose_kernels(void) {
         strcat(names, i > 0 ? ", " : "");
         strcat(names, usable[i]->name);
     }
-    complain("KERNELS=%s: this machine has no such kernels. Choose one of %s, or unset the "
-             "variable for the best.",
-             wanted, names);
+    report_error("KERNELS=%s: this machine has no such kernels. Choose one of %s, or unset the "
+                 "variable for the best.",
+                 wanted, names);
     return NULL;
 }
 
@@ -284,7 +284,7 @@ __attribute__((format(printf, 2, 3))) static int refuse_file(const char *path, c
     va_start(arguments, format);
     vsnprintf(wrong, sizeof(wrong), format, arguments);
     va_end(arguments);
-    complain(
+    report_error(
         "%s: %s. Get the real files with \"make prepare\", or use the small model: -d tests/tiny",
         path, wrong);
     return -1;
@@ -292,9 +292,10 @@ __attribute__((format(printf, 2, 3))) static int refuse_file(const char *path, c
 
 // Reports that there is not enough memory for something of one of the two files. Returns -1.
 static int refuse_for_memory(const char *path, const char *what, size_t size) {
-    complain("%s: there is not enough memory for %s (%zu bytes). End other programs, or allow this "
-             "one more: ulimit -v",
-             path, what, size);
+    report_error(
+        "%s: there is not enough memory for %s (%zu bytes). End other programs, or allow this "
+        "one more: ulimit -v",
+        path, what, size);
     return -1;
 }
 
@@ -467,12 +468,11 @@ static void read_weights(ModelFile *file, Weights *w, const Config *c) {
     if (w->classifier != &w->embedding) read_tensor(file, &w->own_classifier, 0, 0, c->vocab_size);
 }
 
-// Returns fresh memory, which reads as zero, in huge pages where the kernel has some: at the end of
-// each page the processor's prefetching stops. Pages that are never written take no memory. NULL,
-// after reporting it, if there is not enough.
-static void *get_memory(const char *path, const char *what, size_t size) {
-    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+// Returns fresh memory, which reads as zero; NULL, after reporting it, if there is not enough. The
+// flags are mmap(2)'s: MAP_NORESERVE for memory of which most is never written and never there.
+static void *get_memory(const char *path, const char *what, size_t size, int flags) {
+    void *memory =
+        mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
     if (memory == MAP_FAILED) {
         refuse_for_memory(path, what, size);
         return NULL;
@@ -547,7 +547,7 @@ static void lay_out_state(State *s, const Config *c) {
 // Returns 0, or -1 after reporting that there is not enough memory.
 static int build_state(State *s, const Config *c, const char *path) {
     lay_out_state(s, c);
-    if ((s->memory = get_memory(path, "computing", s->size)) == NULL) return -1;
+    if ((s->memory = get_memory(path, "computing", s->size, MAP_NORESERVE)) == NULL) return -1;
     lay_out_state(s, c);
     madvise(s->kv_cache, s->kv_cache_size, MADV_HUGEPAGE);
     // RoPE's frequencies. libm's pow, like its cos and sin below, is taken in double and rounded
@@ -579,8 +579,9 @@ static int build_weights(Transformer *t, bool shared_classifier, ModelFile *file
     place_tensors(w, c, shared_classifier, NULL, count);
     for (size_t i = 0; i < STREAMS; i++) all += count[i];
     t->panels_size = all * sizeof(Panel);
-    t->panels = get_memory(file->path, "its weights", t->panels_size);
+    t->panels = get_memory(file->path, "its weights", t->panels_size, 0);
     if (t->panels == NULL) return -1;
+    // Huge pages, where the kernel has some: prefetching stops at the end of a page.
     madvise(t->panels, t->panels_size, MADV_HUGEPAGE);
     for (size_t i = 0; i < STREAMS; i++) streams[i] = i ? streams[i - 1] + count[i - 1] : t->panels;
     place_tensors(w, c, shared_classifier, streams, used);
@@ -1226,7 +1227,7 @@ static int encode(Tokenizer *t, const char *text, size_t length, int *tokens) {
             n += merge_piece(t, piece, kept, symbols, heap, tokens + n);
         }
     } else {
-        complain("There is not enough memory for a text of %zu bytes.", length);
+        report_error("There is not enough memory for a text of %zu bytes.", length);
     }
     free(piece);
     free(symbols);
@@ -1255,7 +1256,7 @@ static int build_sampler(Sampler *s, int vocab_size, float temperature, float to
                    .kernels = &kernels_portable};
     s->candidates = malloc((size_t)vocab_size * sizeof(Item));
     if (s->candidates) return 0;
-    complain("There is not enough memory for a vocabulary of %d.", vocab_size);
+    report_error("There is not enough memory for a vocabulary of %d.", vocab_size);
     return -1;
 }
 
@@ -1323,7 +1324,7 @@ static int sample(Sampler *s, float *logits) {
     int n = s->vocab_size;
     bool greedy = s->temperature == 0;
     if (!divide_logits(logits, n, greedy ? 1 : s->temperature)) {
-        complain(
+        report_error(
             "The model computed logits that are not finite numbers; its file must be damaged.");
         return -1;
     }
@@ -1407,7 +1408,7 @@ static int build_session(Session *s, const Settings *settings) {
     s->ids = malloc((size_t)c->seq_len * sizeof(int));
     s->turns = malloc((size_t)c->seq_len * sizeof(int));
     if (s->ids && s->turns) return 0;
-    complain("There is not enough memory for a window of %d tokens.", c->seq_len);
+    report_error("There is not enough memory for a window of %d tokens.", c->seq_len);
 failed:
     free_session(s);
     return -1;
@@ -1460,13 +1461,14 @@ static float *catch_up(Session *s) {
 }
 
 // Answers a prompt of at most MAX_PROMPT_LEN bytes: the reply goes to stdout, token by token, then
-// a line of figures. Returns 0, also for a prompt that the window can't hold, which is told; or -1
-// if the session can't go on: stdout is closed, there is no memory, or the logits are not finite.
+// a line of figures. Returns 0; or REJECTED after printing that the window cannot hold the prompt;
+// or -1 if the session cannot go on: stdout is closed, there is no memory, or the logits are not
+// finite.
 static int generate(Session *s, const char *prompt, size_t length) {
     Tokenizer *t = &s->tokenizer;
     int seq_len = s->transformer.config.seq_len;
     int *turn = malloc((length + 64) * sizeof(int));
-    if (turn == NULL) complain("There is not enough memory for a prompt of %zu bytes.", length);
+    if (turn == NULL) report_error("There is not enough memory for a prompt of %zu bytes.", length);
     int count = turn ? encode_prompt(t, prompt, length, turn) : -1;
     int closing = 2; // tokens behind the reply: <|im_end|> and newline
     if (count < 0 || count + 1 + closing > seq_len) {
@@ -1474,7 +1476,7 @@ static int generate(Session *s, const char *prompt, size_t length) {
             printf("The prompt has %d tokens and was not used: the context window holds %d.\n",
                    count, seq_len);
         free(turn);
-        return flush_output() < 0 || count < 0 ? -1 : 0;
+        return flush_output() < 0 || count < 0 ? -1 : REJECTED;
     }
     // A reply may be longer than half the window only if there is room: old turns are worth more.
     int reserve = s->max_new_tokens < seq_len / 2 ? s->max_new_tokens : seq_len / 2;
@@ -1491,7 +1493,7 @@ static int generate(Session *s, const char *prompt, size_t length) {
     while (generated < limit) {
         int token = sample(&s->sampler, catch_up(s));
         if (token < 0) return -1;
-        now = seconds();
+        now = seconds(CLOCK_MONOTONIC);
         if (generated++ == 0) start = now;
         if (is_control_token(t, token)) break;
         print_text(&printer, t->tokens[token].bytes, (size_t)t->tokens[token].length);

@@ -78,7 +78,7 @@ static void barrier_wait(WorkerSlot *slot) {
         pthread_cond_broadcast(&pool.step_done);
         pthread_mutex_unlock(&pool.lock);
     }
-    for (double end = seconds() + SPIN_SECONDS; seconds() < end;)
+    for (double end = seconds(CLOCK_MONOTONIC) + SPIN_SECONDS; seconds(CLOCK_MONOTONIC) < end;)
         if (are_done(slot->total)) return;
     pthread_mutex_lock(&pool.lock);
     pool.asleep++;
@@ -202,7 +202,8 @@ static int init_thr_pool(int threads) {
         int error =
             pthread_create(&pool.threads[pool.size], NULL, thr_func, (void *)(intptr_t)pool.size);
         if (error == 0) continue;
-        complain("Thread %d of %d cannot be created: %s.", pool.size + 1, threads, strerror(error));
+        report_error("Thread %d of %d cannot be created: %s.", pool.size + 1, threads,
+                     strerror(error));
         close_thr_pool();
         return -1;
     }
@@ -234,38 +235,40 @@ static void print_usage(void) {
     print_line_of_usage("Whole process", &whole);
 }
 
-_Noreturn static void usage(const char *program) {
-    complain("Usage: %s " SETTINGS_USAGE " <threads> <seed> [\"prompt\" ...]\n" SETTINGS_HELP
-             "\n  threads             1 to %d\n"
-             "  prompt              answered in turn; without one, prompts are read from stdin",
-             program, MAX_THREADS);
-    exit(2);
+#define USAGE                                                                                      \
+    "Usage: %s " SETTINGS_USAGE " <threads> <seed> [\"prompt\" ...]\n" SETTINGS_HELP               \
+    "\n  threads             1 to %d\n"                                                            \
+    "  prompt              answered in turn; without one, prompts are read from stdin"
+
+static void usage(const char *program, int status) {
+    exit_with_usage(status, USAGE, program, MAX_THREADS);
 }
 
 int main(int argc, char **argv) {
-    hold_standard_files();
+    reserve_standard_fds();
     Settings settings = DEFAULT_SETTINGS;
     long threads;
-    if (!parse_settings(&settings, argc, argv)) usage(argv[0]);
-    if (argc - optind < 2) {
-        complain("The number of threads and the seed are needed.");
-        usage(argv[0]);
+    CommandLine line = {.argc = argc, .argv = argv, .wanted = 2};
+    parse_settings(&settings, &line, usage);
+    if (line.count < 2) {
+        report_error("The number of threads and the seed are needed.");
+        usage(argv[0], 2);
     }
-    if (!parse_integer(argv[optind], 1, MAX_THREADS, &threads)) {
-        complain("%s is not a number of threads from 1 to %d.", argv[optind], MAX_THREADS);
-        usage(argv[0]);
+    if (!parse_integer(line.operands[0], 1, MAX_THREADS, &threads)) {
+        report_error("%s is not a number of threads from 1 to %d.", line.operands[0], MAX_THREADS);
+        usage(argv[0], 2);
     }
-    if (!parse_seed(argv[optind + 1], &settings.seed)) {
-        complain("%s is not a seed.", argv[optind + 1]);
-        usage(argv[0]);
+    if (!parse_seed(line.operands[1], &settings.seed)) {
+        report_error("%s is not a seed.", line.operands[1]);
+        usage(argv[0], 2);
     }
-    settle_seed(&settings);
+    choose_seed(&settings);
 
     Session session;
     if (build_session(&session, &settings) < 0) return 1;
     int result = 1;
     if (init_thr_pool((int)threads) == 0) {
-        result = serve(generate, &session, argv + optind + 2, argc - optind - 2) < 0 ? 1 : 0;
+        result = serve(generate, &session, argv + optind, argc - optind) < 0 ? 1 : 0;
         close_thr_pool();
         print_usage();
     }

@@ -67,10 +67,10 @@ static double time_reading(const char *memory, size_t size, int threads, int str
         if (i > 0) pthread_create(&others[i], NULL, read_with_others, &reading[i]);
     }
     pthread_barrier_wait(&all_here);
-    double before = seconds();
+    double before = seconds(CLOCK_MONOTONIC);
     read_block(&reading[0]);
     for (int i = 1; i < threads; i++) pthread_join(others[i], NULL);
-    double time = seconds() - before;
+    double time = seconds(CLOCK_MONOTONIC) - before;
     pthread_barrier_destroy(&all_here);
     volatile uint64_t keep = reading[0].result;
     (void)keep;
@@ -137,9 +137,9 @@ static Decoding decode(Transformer *t, Sampler *sampler, int pos, const char *bl
         struct rusage before, after;
         getrusage(RUSAGE_SELF, &before);
         for (int i = round * TOKENS; i < (round + 1) * TOKENS; i++) {
-            double start = seconds();
+            double start = seconds(CLOCK_MONOTONIC);
             token = sample(sampler, forward(t, &token, 1, pos + i));
-            tokens[i] = seconds() - start;
+            tokens[i] = seconds(CLOCK_MONOTONIC) - start;
         }
         getrusage(RUSAGE_SELF, &after);
         result.user += cpu_seconds(after.ru_utime) - cpu_seconds(before.ru_utime);
@@ -157,9 +157,9 @@ static Decoding decode(Transformer *t, Sampler *sampler, int pos, const char *bl
 static double digest(Transformer *t, int tokens) {
     int ids[512];
     for (int i = 0; i < tokens; i++) ids[i] = i * 97 % t->config.vocab_size;
-    double start = seconds();
+    double start = seconds(CLOCK_MONOTONIC);
     forward(t, ids, tokens, 0);
-    return tokens / (seconds() - start);
+    return tokens / (seconds(CLOCK_MONOTONIC) - start);
 }
 
 // Caches as after a long chat, without the time that it would take.
@@ -173,9 +173,9 @@ static int bench_plain(const char *path, int runs) {
     OracleModel model;
     if (oracle_load(&model, path) < 0) return 2;
     for (int run = 0; run < runs; run++) {
-        double start = seconds();
+        double start = seconds(CLOCK_MONOTONIC);
         for (int i = 0; i < 4; i++) oracle_forward(&model, i, 4 * run + i);
-        printf("%.6g\n", (seconds() - start) / 4);
+        printf("%.6g\n", (seconds(CLOCK_MONOTONIC) - start) / 4);
     }
     oracle_free(&model);
     return 0;

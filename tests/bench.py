@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import script
 from artifacts import BUILD, model_file
 
 TESTS = Path(__file__).resolve().parent
@@ -24,6 +25,7 @@ TOP = TESTS.parent
 POSITIONS, PROMPTS, THREADS = (100, 1000, 2000), (16, 128, 512), (1, 2, 4, 8, 16)
 HEAD = [*(f"decoding near {p}, of limit" for p in POSITIONS), *(f"prompt of {p}" for p in PROMPTS)]
 VOCAB_SIZE = 49152
+MINUTES_PER_RUN = 1
 
 
 def build(name, *flags):
@@ -156,6 +158,9 @@ def thread_counts(runs, model):
 
 def main():
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    minutes = round(MINUTES_PER_RUN * runs)
+    print(f"Measuring {runs} times on one thread and on several: about {minutes} minutes on two "
+          "CPUs.\nThe tables come when they are complete.\n", flush=True)
     folder = model_folder()
     model = folder / "model.bin"
     single_thread(runs, model, folder)
@@ -163,4 +168,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

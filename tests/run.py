@@ -11,6 +11,8 @@ import traceback
 import unittest
 from pathlib import Path
 
+import script
+
 TEST_LIMIT = 100  # seconds; the tests bound their own waits, this is the net below them
 
 
@@ -63,6 +65,7 @@ def out_of_time(*_):
 
 
 def main():
+    """Run the tests that the command line names; returns the exit status."""
     signal.signal(signal.SIGALRM, out_of_time)
     loader = unittest.TestLoader()
     if len(sys.argv) > 1:
@@ -73,8 +76,8 @@ def main():
     skipped = len(report.left_out - report.failed)
     print(f"{report.passed} passed, {len(report.failed)} failed"
           + (f", {skipped} skipped" if skipped else ""))
-    sys.exit(1 if report.failed or not report.passed else 0)
+    return 1 if report.failed or not report.passed else 0
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -1,10 +1,11 @@
 """The log that main writes on stderr."""
 import os
+import signal
 import subprocess
 import time
 import unittest
 
-from support import SessionTestCase
+from support import MAIN, TINY, SessionTestCase
 
 
 class LogTest(SessionTestCase):
@@ -47,6 +48,44 @@ class LogTest(SessionTestCase):
         times = [int(line["utime"]) for line in session.log_lines]
         self.assertEqual(times, sorted(times))
         self.assertLess(times[0], times[-1])
+
+    def test_the_lines_are_300_ms_apart(self):
+        """Seven of them in the 2.2 s of a reply."""
+        session = self.start_fake("""
+            report()
+            next_prompt()
+            say("begin")
+            time.sleep(2.2)
+            say("end")
+            report()
+            next_prompt()
+            """)
+        session.send("Hello!\n")
+        session.read_until("begin")
+        start = time.monotonic()
+        session.read_until("end", ">>> ")
+        seconds = time.monotonic() - start
+        self.assertGreaterEqual(len(session.log_lines), 6)
+        self.assertLessEqual(len(session.log_lines), seconds / 0.3 + 1)
+
+    def test_no_lines_are_made_up_after_a_pause(self):
+        """A main that was stopped for two seconds goes on with a line per 300 ms."""
+        session = self.start_fake("report()\nnext_prompt()\ntime.sleep(600)\n")
+        session.send("Hello!\n")
+        session.wait_for_log_lines(1)
+        session.signal(signal.SIGSTOP)
+        time.sleep(2)
+        before, start = len(session.log_lines), time.monotonic()
+        session.signal(signal.SIGCONT)
+        time.sleep(0.2)
+        lines, seconds = len(session.log_lines) - before, time.monotonic() - start
+        self.assertLessEqual(lines, 1 + seconds / 0.3)
+
+    def test_a_prompt_that_is_refused_writes_no_line(self):
+        """Neither one that is too long for main nor one that is too long for the context window."""
+        session = self.run_to_end(MAIN, "-d", TINY, 42, said="x" * 5000 + "\n" + "x" * 4000 + "\n")
+        self.assertEqual(session.text.count("not used"), 2)
+        self.assertEqual(session.errors, "")
 
     def test_the_log_stands_still_while_nothing_is_generated(self):
         """No line while the model loads or the user types."""

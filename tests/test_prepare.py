@@ -1,19 +1,22 @@
 """make prepare, chat and clean touch the files they should and no other, and never leave half a
-file where a whole one belongs. Nothing here needs a network: wget and curl are scripts.
+file under the name of a whole one. Nothing here needs a network: wget and curl are scripts.
 """
 import os
+import re
 import shutil
 import subprocess
 import unittest
+from pathlib import Path
 
 from support import PATIENCE, TOP, SessionTestCase
 
 URL = "https://huggingface.co/huangs0/smollm/resolve/main/"
+OLDER_URL = "https://huggingface.co/huangs0/llama2.c/resolve/main/"
 FILES = {"model.bin": (b"24ka", 143025664), "tokenizer.bin": (b"\x51\0\0\0", 725587)}
 
 # What the recipes may call besides a downloader.
-TOOLS = ("cat", "cp", "cut", "echo", "expr", "head", "mkdir", "mv", "od", "printf", "rm", "sed",
-         "sh", "stat", "test", "tr", "true", "wc")
+TOOLS = ("cat", "cp", "cut", "echo", "expr", "head", "mkdir", "mktemp", "mv", "od", "printf", "rm", "sed",
+         "sh", "stat", "tail", "test", "tr", "true", "wc")
 
 # What stands beside the Makefile in a used working copy.
 SOURCES = {"main.c", "model.h", "README.md", ".gitignore", "tests/run.py", "tests/tiny/model.bin",
@@ -22,16 +25,18 @@ MADE = {"main", "inference", "log", "tests/build/probe", "tests/__pycache__/run.
 if (TOP / "parallel.c").exists():
     MADE.add("parallel")
 
-# Writes down what it is asked for, and takes that from the folder "server". What is not there is
-# an interrupted download.
+# Writes down what it is asked for, and takes that from the folder "server", or "older" for the older
+# address. What is not there is an interrupted download. A file that was begun is resumed.
 DOWNLOADER = """\
 #!/bin/sh
+echo "$*" >>commands
 for word; do url=$word; done
 echo "$url" >>requests
 while [ "$1" != {option} ]; do shift; done
-cp "server/${{url##*/}}" "$2" && exit 0
-echo half >"$2"
-exit 4
+case $url in *llama2.c*) source=older;; *) source=server;; esac
+source=$source/${{url##*/}}
+if [ ! -e $source ]; then echo half >>"$2"; exit 4; fi
+if [ ! -s "$2" ]; then cp $source "$2"; else tail -c +$(($(wc -c <"$2") + 1)) $source >>"$2"; fi
 """
 
 
@@ -71,7 +76,9 @@ class MakeTestCase(SessionTestCase):
     def names(self):
         """All that is in the folder of the Makefile, but for what the fake download uses."""
         return {str(path.relative_to(self.top)) for path in self.top.rglob("*")
-                if path.is_file()} - {"Makefile", "requests", *(f"server/{name}" for name in FILES)}
+                if path.is_file()
+                and path.parent.name not in ("server", "older")} - {"Makefile", "requests",
+                                                                    "commands"}
 
 
 class PrepareTest(MakeTestCase):
@@ -81,10 +88,10 @@ class PrepareTest(MakeTestCase):
         script.write_text(DOWNLOADER.format(option=option))
         script.chmod(0o755)
 
-    def serve(self, name, start, size):
+    def serve(self, name, start, size, folder="server"):
         """What the server has under a name: a sparse file of this size."""
-        (self.top / "server").mkdir(exist_ok=True)
-        with open(self.top / "server" / name, "wb") as file:
+        (self.top / folder).mkdir(exist_ok=True)
+        with open(self.top / folder / name, "wb") as file:
             file.write(start)
             file.truncate(size)
 
@@ -127,12 +134,61 @@ class PrepareTest(MakeTestCase):
         """Only what is absent is fetched."""
         self.serve_all()
         self.install("wget", "-O")
-        self.write("model.bin")
+        shutil.copy(self.top / "server/model.bin", self.top)
         status, said = self.make("prepare")
         self.assertEqual((status, self.requests()), (0, [URL + "tokenizer.bin"]), said)
-        self.assertEqual((self.top / "model.bin").read_text(), "as it was\n")
         status, said = self.make("prepare")
         self.assertEqual((status, len(self.requests())), (0, 1), said)
+
+    def test_a_broken_file_is_replaced(self):
+        """The program advises make prepare for a broken file, so that mends it."""
+        self.serve_all()
+        self.install("wget", "-O")
+        self.write("model.bin")
+        with open(self.top / "tokenizer.bin", "wb") as file:
+            file.truncate(FILES["tokenizer.bin"][1])  # the right size alone does not count
+        status, said = self.make("prepare")
+        self.assertEqual((status, self.names()), (0, set(FILES)), said)
+        self.assertEqual(self.requests(), [URL + name for name in FILES])
+        self.assertRegex(said, "model.bin is not the file expected and will be replaced")
+
+    def test_the_older_address_is_tried(self):
+        """For a file that the first address does not have, and for one that is another there."""
+        self.install("wget", "-O")
+        self.serve("model.bin", b"<htm", 1000)
+        for name, content in FILES.items():
+            self.serve(name, *content, folder="older")
+        status, said = self.make("prepare")
+        self.assertEqual((status, self.names()), (0, set(FILES)), said)
+        self.assertEqual(self.requests(), [address + name for name in FILES
+                                           for address in (URL, OLDER_URL)])
+
+    def test_an_interrupted_download_is_resumed(self):
+        """Only what is missing is fetched, and neither program waits for a server that stalls."""
+        for name, option, resume, limits in (("wget", "-O", "-c ", "-t 3 -T 30"),
+                                             ("curl", "-o", "-C - ", "--retry 2 .*-y 30 -Y 1")):
+            with self.subTest(name):
+                self.serve_all()
+                self.install(name, option)
+                content = b"Q\0\0\0" + bytes(1000)
+                (self.top / "tokenizer.bin.part").write_bytes(content)
+                status, said = self.make("prepare")
+                self.assertEqual((status, self.names()), (0, set(FILES)), said)
+                commands = (self.top / "commands").read_text()
+                self.assertEqual(commands.count(resume), 2)
+                self.assertRegex(commands, limits)
+                (self.bin / name).unlink()
+                (self.top / "commands").unlink()
+                self.make("clean_bin")
+
+    def test_a_part_that_is_too_long_is_fetched_anew(self):
+        """It could not be resumed."""
+        self.serve_all()
+        self.install("curl", "-o")
+        with open(self.top / "tokenizer.bin.part", "wb") as file:
+            file.truncate(FILES["tokenizer.bin"][1])
+        status, said = self.make("prepare")
+        self.assertEqual((status, self.names()), (0, set(FILES)), said)
 
     def assert_failure_leaves(self, names, said_pattern):
         status, said = self.make("prepare")
@@ -141,16 +197,15 @@ class PrepareTest(MakeTestCase):
         self.assertEqual(self.names(), names)
 
     def test_a_failed_download(self):
-        """It leaves no file, neither whole nor partial, and the next attempt starts anew."""
+        """It leaves no whole file, and a part only if that is the beginning of the right one."""
         for downloader in (("wget", "-O"), ("curl", "-o")):
             with self.subTest(downloader[0]):
                 self.install(*downloader)
                 self.assert_failure_leaves(set(), "model.bin could not be downloaded")
                 self.serve("model.bin", *FILES["model.bin"])
-                self.assert_failure_leaves({"model.bin"}, "tokenizer.bin could not be downloaded")
-                self.serve_all()
-                status, said = self.make("prepare")
-                self.assertEqual((status, self.names()), (0, set(FILES)), said)
+                (self.top / "tokenizer.bin.part").write_bytes(FILES["tokenizer.bin"][0])
+                self.assert_failure_leaves({"model.bin", "tokenizer.bin.part"},
+                                           "tokenizer.bin could not be downloaded")
                 (self.bin / downloader[0]).unlink()
                 shutil.rmtree(self.top / "server")
                 self.make("clean_bin")
@@ -164,9 +219,11 @@ class PrepareTest(MakeTestCase):
                       (b"24kb", size)):
             with self.subTest(wrong):
                 self.serve("model.bin", *wrong)
+                self.serve("model.bin", *wrong, folder="older")
                 self.assert_failure_leaves(set(), "model.bin .*not the file expected")
         self.serve("model.bin", *FILES["model.bin"])
-        self.serve("tokenizer.bin", b"\x52\0\0\0", FILES["tokenizer.bin"][1])
+        for folder in ("server", "older"):
+            self.serve("tokenizer.bin", b"\x52\0\0\0", FILES["tokenizer.bin"][1], folder)
         self.assert_failure_leaves({"model.bin"}, "tokenizer.bin .*not the file expected")
 
     def test_only_prepare_downloads(self):
@@ -184,22 +241,52 @@ class PrepareTest(MakeTestCase):
 
 
 class OtherTargetsTest(MakeTestCase):
+    def chat(self):
+        """What make chat prints, with a main that prints its arguments."""
+        program = self.top / "main"
+        program.write_text("#!/bin/sh\necho called with $*\necho a line of the log >&2\n")
+        program.chmod(0o755)
+        status, said = self.make("chat", "CC=true")
+        self.assertEqual(status, 0, said)
+        return said
+
     def test_chat(self):
-        """Both files of this folder are used, else the small model; which one is told."""
+        """Both files of this folder are used if they are whole, else the small model; it says which."""
         self.copy_sources()
         for present, folder, told in (
-                ((), "tests/tiny", "tests/tiny"), (("model.bin",), "tests/tiny", "tests/tiny"),
+                ((), "tests/tiny", "make prepare gets"),
+                (("model.bin",), "tests/tiny", "not complete"),
                 (("model.bin", "tokenizer.bin"), ".", "this folder")):
             with self.subTest(present):
-                self.write(*present)
-                program = self.top / "main"
-                program.write_text("#!/bin/sh\necho called with $*\necho a line of the log >&2\n")
-                program.chmod(0o755)
-                status, said = self.make("chat", "CC=true")
-                self.assertEqual(status, 0, said)
+                for name in present:
+                    with open(self.top / name, "wb") as file:
+                        file.write(FILES[name][0])
+                        file.truncate(FILES[name][1])
+                said = self.chat()
                 self.assertIn(f"called with -d {folder} 42\n", said)
                 self.assertIn(told, said[:said.index("called with")])
                 self.assertEqual((self.top / "log").read_text(), "a line of the log\n")
+        self.write("model.bin")
+        said = self.chat()
+        self.assertIn("not complete", said)
+        self.assertIn("called with -d tests/tiny 42\n", said)
+
+    def test_chat_where_the_log_cannot_be_written(self):
+        """The chat goes on, with its log elsewhere. (A folder of that name stops root, too.)"""
+        self.copy_sources()
+        (self.top / "log").mkdir()
+        said = self.chat()
+        self.assertIn("called with -d tests/tiny 42\n", said)
+        log = re.search(r"the log is (\S+)\.\n", said).group(1)
+        self.addCleanup(os.remove, log)
+        self.assertEqual(Path(log).read_text(), "a line of the log\n")
+
+    def test_flags_of_the_user_win(self):
+        """make CFLAGS='-g -O0' builds for a debugger: -O0 comes behind the recipe's own -O."""
+        self.copy_sources()
+        status, said = self.make("-B", "-n", "CFLAGS=-g -O0")
+        self.assertEqual(status, 0, said)
+        self.assertEqual(len(re.findall(r"-O\d -g -O0 -o", said)), 3, said)
 
     def assert_removes(self, target, gone):
         everything = {*SOURCES, *MADE, *FILES}

@@ -1,0 +1,61 @@
+// faults.c - a library for LD_PRELOAD that makes calls of libc fail or come late. The environment
+// variable FAULT names one of them:
+//
+//     setenv, dup2   fail always (main needs them only between fork and exec)
+//     ppoll          fails always
+//     prompt         write(2) fails for data that begin with "FAULT"
+//     byte           write(2) of one byte fails for the return pipe
+//     late_read      read(2) from a terminal or pipe begins READ_DELAY after it was called
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define READ_DELAY 500000 // microseconds
+
+static int fault(const char *name) {
+    const char *wanted = getenv("FAULT");
+    return wanted && strcmp(wanted, name) == 0;
+}
+
+static int fail(int error) {
+    errno = error;
+    return -1;
+}
+
+int setenv(const char *name, const char *value, int overwrite) {
+    int (*next)(const char *, const char *, int) = dlsym(RTLD_NEXT, "setenv");
+    return fault("setenv") ? fail(ENOMEM) : next(name, value, overwrite);
+}
+
+int dup2(int old, int new) {
+    int (*next)(int, int) = dlsym(RTLD_NEXT, "dup2");
+    return fault("dup2") ? fail(EBUSY) : next(old, new);
+}
+
+int ppoll(struct pollfd *fds, nfds_t count, const struct timespec *limit, const sigset_t *mask) {
+    int (*next)(struct pollfd *, nfds_t, const struct timespec *, const sigset_t *) =
+        dlsym(RTLD_NEXT, "ppoll");
+    return fault("ppoll") ? fail(ENOMEM) : next(fds, count, limit, mask);
+}
+
+ssize_t write(int fd, const void *data, size_t size) {
+    ssize_t (*next)(int, const void *, size_t) = dlsym(RTLD_NEXT, "write");
+    if (fault("prompt") && size > 5 && memcmp(data, "FAULT", 5) == 0) return fail(EIO);
+    if (fault("byte") && size == 1 && fd == 3) return fail(EIO);
+    return next(fd, data, size);
+}
+
+ssize_t read(int fd, void *data, size_t size) {
+    ssize_t (*next)(int, void *, size_t) = dlsym(RTLD_NEXT, "read");
+    struct stat status;
+    if (fault("late_read") && size > 1000 && fstat(fd, &status) == 0 &&
+        (S_ISFIFO(status.st_mode) || S_ISCHR(status.st_mode)))
+        usleep(READ_DELAY);
+    return next(fd, data, size);
+}

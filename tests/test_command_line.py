@@ -1,0 +1,134 @@
+"""Options, operands and prompts on the command lines, and where their mistakes are reported."""
+import unittest
+
+from support import INFERENCE, MAIN, TINY, TOP, SessionTestCase, replies
+
+PARALLEL = TOP / "parallel"
+
+
+class UsageTest(SessionTestCase):
+    BAD_SEEDS = ("abc", "-1", "1x", "", " ", "1 ", "0x10", "1.5", "18446744073709551616", "9" * 40)
+    BAD_OPTIONS = (("-z",), ("-t", "hot"), ("-t", "-1"), ("-t", "nan"), ("-t", "inf"), ("-t", ""),
+                   ("-p", "1.1"), ("-p", "-0.1"), ("-p", "nan"), ("-p", "x"), ("-m", "0"),
+                   ("-m", "-5"), ("-m", "1x"), ("-m", "99999999999999999999"), ("-m", ""))
+    BAD_POLICY_OPTIONS = (
+        ("-s", "SCHED_"), ("-s", ""), ("-s", "SCHED_SOON"), ("-s", "SCHED_4"), ("-s", "99"),
+        ("-n", "20"), ("-n", "-21"), ("-n", "x"), ("-n", ""), ("-n", "1.5"),
+        ("-s", "FIFO", "-n", "5"), ("-s", "RR", "-n", "5"), ("-s", "DEADLINE", "-n", "5"),
+        ("-s", "FIFO", "-r", "0"), ("-s", "FIFO", "-r", "100"), ("-s", "RR", "-r", "-1"),
+        ("-s", "RR", "-r", "x"), ("-r", "5"), ("-s", "OTHER", "-r", "5"), ("-s", "IDLE", "-r", "5"),
+        ("-s", "DEADLINE"), ("-D", "10ms:20ms:20ms"), ("-s", "FIFO", "-D", "10ms:20ms:20ms"),
+        ("-s", "DEADLINE", "-r", "5", "-D", "10ms:20ms:20ms"),
+        ("-j", "0"), ("-j", "-1"), ("-j", "x"),
+        *(("-s", "DEADLINE", "-D", times) for times in (
+            "10ms", "10ms:20ms", "10ms:20ms:20ms:20ms", "a:b:c", "10ms:20ms:20s", "-1:2:3", "::",
+            "10ms:20ms:", "10ms 20ms 20ms", "21ms:20ms:20ms", "10ms:20ms:19ms", "10ms:20ms:0",
+            "18446744073709551616:1:1", "99999999999999999ms:1:1")))
+
+    def assert_usage(self, program, *arguments):
+        with self.subTest(program=program.name, arguments=arguments):
+            session = self.run_to_end(program, *arguments)
+            self.assertEqual((session.status, session.text), (2, ""))
+            self.assertRegex(session.errors, r"(?im)^usage: .*" + program.name)
+            self.assertNotRegex(session.errors, r"(?i)\Ausage", "before it, what is wrong")
+
+    def test_bad_arguments_of_main_get_its_usage(self):
+        """Usage on stderr, exit status 2, and no engine is started."""
+        for seed in self.BAD_SEEDS:
+            self.assert_usage(MAIN, "--", seed)
+        for options in self.BAD_OPTIONS + self.BAD_POLICY_OPTIONS:
+            self.assert_usage(MAIN, "-d", TINY, *options, 42)
+        self.assert_usage(MAIN, "-d", TINY, 42, 43)
+        self.assert_usage(MAIN, "-d")
+
+    def test_bad_arguments_of_the_engine_get_its_usage(self):
+        """The engine needs a seed and checks its options by itself."""
+        for seed in self.BAD_SEEDS:
+            self.assert_usage(INFERENCE, "-d", TINY, "--", seed, "Hello!")
+        for options in self.BAD_OPTIONS:
+            self.assert_usage(INFERENCE, "-d", TINY, *options, 42, "Hello!")
+        self.assert_usage(INFERENCE)
+        self.assert_usage(INFERENCE, "-d", TINY)
+
+    def test_help_is_printed_on_stdout(self):
+        """-h and --help, among whatever else: the usage alone, status 0."""
+        for program, operands in ((MAIN, (42,)), (INFERENCE, (42,)), (PARALLEL, (2, 42))):
+            for arguments in (("-h",), ("--help",), ("-t", 1, "--help"), (*operands, "-h")):
+                with self.subTest(program=program.name, arguments=arguments):
+                    session = self.run_to_end(program, *arguments)
+                    self.assertEqual((session.status, session.errors), (0, ""))
+                    self.assertRegex(session.text, r"\AUsage: .*" + program.name)
+
+    def test_options_may_stand_behind_the_seed(self):
+        """Before it, behind it, and behind the thread count, whatever getopt(3) does elsewhere."""
+        for program, operands in ((MAIN, (42,)), (INFERENCE, (42,)), (PARALLEL, (2, 42))):
+            for environment in ({}, {"POSIXLY_CORRECT": "1"}):
+                texts = set()
+                for i in range(len(operands) + 1):
+                    arguments = (*operands[:i], "-d", TINY, "-t", 0, *operands[i:])
+                    session = self.run_to_end(program, *arguments, said="My name is Zelda.\n",
+                                              env=environment)
+                    self.assertEqual((session.status, len(replies(session.text))), (0, 1),
+                                     (program.name, arguments))
+                    texts.add(str(replies(session.text)))
+                self.assertEqual(len(texts), 1)
+
+    def test_prompts_are_no_options(self):
+        """Behind the first prompt and behind -- everything is a prompt."""
+        for program, operands in ((INFERENCE, (42,)), (PARALLEL, (2, 42))):
+            for arguments, prompts in ((("Hello!", "-h"), 2), (("Hello!", "-t", "x"), 3),
+                                       (("--", "-h"), 1), (("--", "--"), 1)):
+                with self.subTest(program=program.name, arguments=arguments):
+                    session = self.run_to_end(program, "-d", TINY, *operands, *arguments)
+                    self.assertEqual((session.status, session.errors), (0, ""))
+                    self.assertEqual(len(replies(session.text)), prompts)
+
+    def test_a_bad_value_names_what_is_allowed(self):
+        """In the first line, and nothing else is wrong."""
+        for options, allowed in ((("-t", "abc"), "0.01 to 100"), (("-p", 2), "0 to 1"),
+                                 (("-m", 0), "1 to 1000000"), (("-s", "foo"), "DEADLINE"),
+                                 (("-n", 99), "-20 to 19"), (("-r", 0), "1 to 99"),
+                                 (("-j", 65), "1 to 64"), (("-D", "10ms"), "10ms:20ms:20ms")):
+            first, second = self.run_to_end(MAIN, *options).errors.splitlines()[:2]
+            self.assertIn(allowed, first)
+            self.assertIn("Usage", second)
+
+    def test_the_last_of_equal_options_counts(self):
+        """For the engine as for main."""
+        session = self.run_to_end(MAIN, "-d", "/none", "-m", 1, "-d", TINY, "-m", 2, 42,
+                                  said="Tell me a story.\n")
+        alone = self.run_to_end(MAIN, "-d", TINY, "-m", 2, 42, said="Tell me a story.\n")
+        self.assertEqual(replies(session.text), replies(alone.text))
+
+    def test_the_largest_values_are_taken(self):
+        """The limits of the ranges belong to them."""
+        session = self.run_to_end(MAIN, "-d", TINY, "-p", 1, "-n", 19, 18446744073709551615)
+        self.assertEqual(session.status, 0, session.errors)
+        session = self.run_to_end(INFERENCE, "-d", TINY, "-p", 0, 18446744073709551615, "Hello!")
+        self.assertEqual(session.status, 0, session.errors)
+
+
+class ErrorChannelTest(SessionTestCase):
+    def said(self, *arguments, **options):
+        session = self.start(*arguments, terminal=True, **options)
+        session.finish()
+        return session
+
+    def test_errors_appear_where_the_user_looks(self):
+        """With the log in a file, an error goes to the terminal as well."""
+        folder = self.folder()
+        for program in (MAIN, INFERENCE):
+            for arguments in (("-d", folder, 42), ("abc",), ("-z",), ("-m", 0, 42)):
+                with self.subTest(program=program.name, arguments=arguments):
+                    session = self.said(program, *arguments)
+                    self.assertTrue(session.errors)
+                    self.assertIn(session.errors, session.text)
+
+    def test_errors_appear_once(self):
+        """Without a log the terminal shows an error once."""
+        session = self.said(MAIN, "-d", self.folder(), 42, errors_to_terminal=True)
+        self.assertEqual(session.text.count("make prepare"), 1, session.text)
+
+
+if __name__ == "__main__":
+    unittest.main()

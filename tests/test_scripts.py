@@ -1,0 +1,52 @@
+"""The scripts of the tests end like programs when their output cannot be written, and at Ctrl-C."""
+import signal
+import subprocess
+import sys
+import time
+import unittest
+
+from support import PATIENCE, TESTS, SessionTestCase
+
+QUICK = "test_help_is_printed"  # a test that does little
+
+
+class ScriptTest(SessionTestCase):
+    def start_script(self, *command, **options):
+        process = subprocess.Popen([sys.executable, *map(str, command)], stdin=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, universal_newlines=True, **options)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        self.addCleanup(process.stderr.close)
+        return process
+
+    def assert_ends(self, process, status, errors):
+        self.assertEqual(process.wait(PATIENCE), status)
+        self.assertRegex(process.stderr.read(), errors)
+
+    def test_a_closed_pipe(self):
+        """run.py | head: a quiet end."""
+        process = self.start_script(TESTS / "run.py", QUICK, stdout=subprocess.PIPE)
+        process.stdout.close()
+        self.assert_ends(process, 1, r"\A\Z")
+
+    def test_a_full_disk(self):
+        """One line says so."""
+        for script in ("run.py", "bench.py"):
+            with self.subTest(script), open("/dev/full", "w") as full:
+                process = self.start_script(TESTS / script, *([QUICK] if script == "run.py" else []),
+                                            stdout=full)
+                self.assert_ends(process, 1, rf"\A{script}: [^\n]*No space left[^\n]*\n\Z")
+
+    def test_ctrl_c(self):
+        """One line, status 130; bench.py has said at once what it does and how long it takes."""
+        process = self.start_script(TESTS / "bench.py", stdout=subprocess.PIPE,
+                                    start_new_session=True)
+        self.addCleanup(process.stdout.close)
+        self.assertRegex(process.stdout.readline(), "about [0-9]+ minutes")
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        self.assert_ends(process, 130, r"bench.py: interrupted\n\Z")
+
+
+if __name__ == "__main__":
+    unittest.main()

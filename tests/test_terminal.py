@@ -1,0 +1,110 @@
+"""Lines of input as terminals, files and pipes give them, and what the user of a terminal sees."""
+import os
+import signal
+import time
+import unittest
+
+from support import INFERENCE, MAIN, TINY, SessionTestCase, replies
+
+
+class InputTest(SessionTestCase):
+    def test_a_non_blocking_stdin_costs_no_cpu(self):
+        """An engine started by hand waits for its input without reading it again and again."""
+        session = self.start(INFERENCE, "-d", TINY, 42,
+                             prepare=lambda: os.set_blocking(0, False))
+        session.send("Hello!\n")
+        session.read_until("tok/s\n")
+        before = self.cpu_time(session)
+        time.sleep(0.5)
+        self.assertLess(self.cpu_time(session) - before, 0.2)
+        session.end_input()
+        self.assertEqual(session.finish(), 0)
+
+    @staticmethod
+    def cpu_time(session):
+        process, = [process for process in session.family() if process.pid == session.pid]
+        return process.cpu_time
+
+    def test_a_named_pipe_whose_writer_has_gone(self):
+        """Its end is seen, although main opens the pipe again after that."""
+        fifo = self.folder() / "fifo"
+        os.mkfifo(fifo)
+        script = 'echo "My name is Zelda." >"$2" & exec 0<"$2"; wait; exec "$0" -d "$1" 42'
+        session = self.start("sh", "-c", script, MAIN, TINY, fifo)
+        self.assert_ends(session, 0, "0")
+        self.assertIn("Hello Zelda!", session.text)
+
+    def test_windows_line_ends(self):
+        """A carriage return before the newline belongs to the line's end."""
+        for program in (MAIN, INFERENCE):
+            with self.subTest(program.name):
+                plain = self.run_to_end(program, "-d", TINY, 42, said="Hello!\nMy name is Zelda.\n")
+                windows = self.run_to_end(program, "-d", TINY, 42,
+                                          said="Hello!\r\n\r\nMy name is Zelda.\r\n")
+                self.assertEqual(replies(windows.text), replies(plain.text))
+
+    def test_the_longest_prompt_may_have_a_windows_line_end(self):
+        """4095 bytes are a prompt with either line end, 4096 are none."""
+        for end in ("\n", "\r\n", ""):
+            for length, refused in ((4095, 0), (4096, 1)):
+                session = self.run_to_end(INFERENCE, "-d", TINY, "-m", 1, 42,
+                                          said="x" * length + end)
+                self.assertEqual(session.text.count("longer than 4095"), refused, (end, length))
+
+    def test_blank_lines_ask_again(self):
+        """White space alone is no prompt."""
+        session = self.chat(42)
+        session.read_until(">>> ")
+        for line in ("", " ", "\t \r", "   \t"):
+            session.send(line + "\n")
+            self.assertEqual(session.read_until(">>> "), ">>> ")
+        session.end_input()
+        self.assert_ends(session, 0, "0")
+        self.assertEqual(session.errors, "")
+        by_hand = self.run_to_end(INFERENCE, "-d", TINY, 42, said=" \n\t\r\n\n")
+        self.assertEqual((by_hand.status, by_hand.text), (0, ""))
+
+
+class ScreenTest(SessionTestCase):
+    """What a user at a terminal sees."""
+
+    def test_the_mark_comes_again_after_fg(self):
+        """The shell has printed something since: SIGCONT at the prompt repeats the mark."""
+        session = self.chat(42, terminal=True)
+        session.read_until(">>> ")
+        session.ask("Hello!")
+        os.kill(session.pid, signal.SIGSTOP)
+        os.kill(session.pid, signal.SIGCONT)
+        session.read_until(">>> ")
+        self.assertIn("Zelda!", session.ask("My name is Zelda."))
+
+    def test_no_mark_after_fg_in_a_reply(self):
+        """There the reply goes on."""
+        session = self.start_fake("report()\nnext_prompt()\nsay('Well, ')\nwait_for('done')\n"
+                                  "say('done.\\n')\nreport()\nnext_prompt()\n")
+        session.send("Hello!\n")
+        session.read_until("Well, ")
+        session.signal(signal.SIGCONT)
+        session.release("done")
+        session.read_until("done.\n>>> ")
+        self.assertIn("Well, done.\n", session.text)
+
+    def test_the_log_on_the_same_terminal_has_lines_of_its_own(self):
+        """A hint at the start, and no log line behind half a line of the reply."""
+        session = self.start_fake("report()\nnext_prompt()\nsay('Well, ')\ntime.sleep(0.7)\n"
+                                  "say('done.\\n')\nreport()\nnext_prompt()\n",
+                                  terminal=True, errors_to_terminal=True)
+        self.assertIn("2>log", session.read_until(">>> "))
+        session.send("Hello!\n")
+        session.read_until("done.", ">>> ")
+        self.assertEqual(session.text.count("[pid]"), session.text.count("\n[pid]"))
+        self.assertGreaterEqual(session.text.count("[pid]"), 2)
+
+    def test_no_hint_where_the_log_is_apart(self):
+        """A log in a file disturbs nothing."""
+        session = self.chat(42, terminal=True)
+        self.assertEqual(session.read_until(">>> "), ">>> ")
+
+
+if __name__ == "__main__":
+    unittest.main()
