@@ -21,11 +21,27 @@
 #define MODEL_H
 
 #include "common.h"
+#include <float.h>
 #include <math.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#include <sys/auxv.h>
+#endif
+
+// What would give other text must not compile.
+#if defined(__FAST_MATH__)
+#error "-ffast-math and -Ofast reorder float operations: build without them, with -O3"
+#endif
+#if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16 // 16 is for _Float16, which is not used here
+#error "floats must not be computed as double or long double: on 32-bit x86 add -msse2 -mfpmath=sse"
+#endif
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "model.bin is little endian and is read as it is: build for a little-endian processor"
 #endif
 
 // A multiply and an add must stay two roundings. Each compiler has its own way to say so.
@@ -49,8 +65,6 @@
 //
 // A tensor is int8 q[rows * cols], then float32 s[rows * cols / 64], one scale for 64 weights of a
 // row.
-
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the files are read as they are");
 
 #define MODEL_MAGIC 0x616b3432
 #define MODEL_VERSION 2
@@ -181,37 +195,89 @@ typedef struct {
 // 2^(i/32) for exp_minus(); see section 9.
 static const uint64_t exp_table[32];
 
-// The bodies are in section 8 of this file, which includes itself here once for each instruction
-// set: GCC and clang have to know the target of a function when they compile it.
+// The bodies are in section 8 of this file, which includes itself here once for each table: GCC and
+// clang have to know the target of a function when they compile it. A table is defined by
+//   ISA                its name
+//   LANES              floats of a vector register; with 8 AVX2 is used, with 16 AVX-512
+//   TARGET             the attribute of its functions
+// and the widest integer dot product of the instruction set, if it has any:
+//   DOT4(sum, w, x)    to each lane of sum, adds the products of 4 bytes of w and of x
+//   UNSIGNED_WEIGHTS   1 if DOT4 takes the bytes of w as unsigned
+//   DOT2(w, x)         in each lane, the sum of the products of 2 numbers of 16 bits
 #define ISA portable
-#define LANES 4 // floats of a vector register
+#define LANES 4
 #define TARGET
 #include "model.h"
+
 #if defined(__x86_64__)
 #define ISA avx2
-#define ISA_AVX2 1
 #define LANES 8
 #define TARGET __attribute__((target("avx2")))
+#define DOT2(w, x) _mm256_madd_epi16((__m256i)(w), (__m256i)(x))
 #include "model.h"
+
 #define ISA avx512
-#define ISA_AVX512 1
 #define LANES 16
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#define DOT4(sum, w, x) _mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(w), (__m512i)(x))
+#define UNSIGNED_WEIGHTS 1
 #include "model.h"
 #endif
 
-#define MAX_TABLES 3
+#if defined(__x86_64__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#define AVXVNNI // older compilers do not know it
+#define ISA avxvnni
+#define LANES 8
+#define TARGET __attribute__((target("avx2,avxvnni")))
+#define DOT4(sum, w, x) _mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(w), (__m256i)(x))
+#define UNSIGNED_WEIGHTS 1
+#include "model.h"
+#endif
+
+#if defined(__aarch64__)
+#define ISA sdot
+#define LANES 4
+#if defined(__clang__)
+#define TARGET __attribute__((target("dotprod")))
+#else
+#define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
+// vdotq_s32(), which clang before 16 only has if the whole file is for such processors
+TARGET static inline int32x4_t add_dot4(int32x4_t sum, int8x16_t w, int8x16_t x) {
+    __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(x));
+    return sum;
+}
+#define DOT4(sum, w, x) add_dot4((int32x4_t)(sum), (int8x16_t)(w), (int8x16_t)(x))
+#define UNSIGNED_WEIGHTS 0
+#include "model.h"
+#endif
+
+#define MAX_TABLES 4
+
+#if defined(AVXVNNI)
+// Bit 4 of EAX of cpuid's leaf 7, subleaf 1: not every __builtin_cpu_supports() knows it.
+static bool has_avxvnni(void) {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1 << 4);
+}
+#endif
 
 // Lists the tables that this machine can run, the best first. Returns their number.
 static int usable_kernels(const Kernels *usable[MAX_TABLES]) {
     int count = 0;
 #if defined(__x86_64__)
     __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2"); // and the operating system saves its registers
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni"))
         usable[count++] = &kernels_avx512;
-    if (__builtin_cpu_supports("avx2")) usable[count++] = &kernels_avx2;
+#if defined(AVXVNNI)
+    if (avx2 && has_avxvnni()) usable[count++] = &kernels_avxvnni;
+#endif
+    if (avx2) usable[count++] = &kernels_avx2;
+#elif defined(__aarch64__)
+    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) usable[count++] = &kernels_sdot;
 #endif
     usable[count++] = &kernels_portable;
     return count;
@@ -220,7 +286,7 @@ static int usable_kernels(const Kernels *usable[MAX_TABLES]) {
 // Returns the best table, or the one that the environment variable KERNELS names, so that each can
 // be tested and measured; NULL, after reporting it, if this machine does not have that one.
 static const Kernels *choose_kernels(void) {
-    const Kernels *usable[MAX_TABLES];
+    const Kernels *usable[MAX_TABLES] = {NULL};
     int count = usable_kernels(usable);
     const char *wanted = getenv("KERNELS");
     if (wanted == NULL || *wanted == '\0') return usable[0];
@@ -1604,8 +1670,7 @@ static const uint16_t space_ranges[20] = {
 // 8  Kernel bodies
 //
 // Written with the vector extensions of GCC and clang (a vector type's operators work lane by
-// lane), for registers of LANES floats. Only the integer dot products, for which each instruction
-// set has other instructions, are written three times.
+// lane), for registers of LANES floats. Section 2 lists what else defines a table.
 
 #define JOIN(name, isa) name##_##isa
 #define NAMED(name, isa) JOIN(name, isa)
@@ -1646,7 +1711,7 @@ INLINE ints NAME(broadcast)(const void *four) {
 
 // exp_table at LANES / 2 indices, of which the lowest 5 bits count
 INLINE longs NAME(look_up)(longs i) {
-#if defined(ISA_AVX512)
+#if LANES == 16
     // The table is 4 registers; bit 4 of the index chooses a pair of them.
     const __m512i *table = (const __m512i *)exp_table;
     __m512i low = _mm512_permutex2var_epi64(_mm512_loadu_si512(table), (__m512i)i,
@@ -1655,7 +1720,7 @@ INLINE longs NAME(look_up)(longs i) {
                                              _mm512_loadu_si512(table + 3));
     return (longs)_mm512_mask_blend_epi64(_mm512_test_epi64_mask((__m512i)i, _mm512_set1_epi64(16)),
                                           low, high);
-#elif defined(ISA_AVX2)
+#elif LANES == 8
     return (longs)_mm256_i64gather_epi64((const long long *)exp_table, (__m256i)(i & 31), 8);
 #else
     return (longs){exp_table[i[0] & 31], exp_table[i[1] & 31]};
@@ -1666,10 +1731,10 @@ INLINE longs NAME(look_up)(longs i) {
 // stays one: of two operands that do not compare, min and max take the second.
 INLINE doubles NAME(widen)(half x) {
     const float most = 89, least = -110;
-#if defined(ISA_AVX512)
+#if LANES == 16
     __m256 limited = _mm256_min_ps(_mm256_set1_ps(most), (__m256)x);
     return (doubles)_mm512_cvtps_pd(_mm256_max_ps(_mm256_set1_ps(least), limited));
-#elif defined(ISA_AVX2)
+#elif LANES == 8
     __m128 limited = _mm_min_ps(_mm_set1_ps(most), (__m128)x);
     return (doubles)_mm256_cvtps_pd(_mm_max_ps(_mm_set1_ps(least), limited));
 #else
@@ -1775,7 +1840,7 @@ KERNEL void NAME(swiglu)(float *out, const float *gate, const float *up, size_t 
 
 // Numbers of -127..127 as bytes.
 INLINE bytes NAME(narrow)(ints q) {
-#if defined(ISA_AVX2) // compilers would take the numbers out one by one
+#if LANES == 8 // compilers would take the numbers out one by one
     __m128i low = _mm256_castsi256_si128((__m256i)q),
             high = _mm256_extracti128_si256((__m256i)q, 1);
     __m128i words = _mm_packs_epi32(low, high);
@@ -1827,7 +1892,7 @@ KERNEL void NAME(quantize)(QuantizedActivations *out, size_t token, const float 
         for (int i = 0; i < LANES / 4; i++) four += LOAD(quads, (const quads *)&sum + i);
         out->sum[start + group] = 128 * (four[0] + four[1] + four[2] + four[3]);
     }
-#if !defined(ISA_AVX512) // which has no use for them
+#if !defined(DOT4) // which has no use for them
     for (size_t i = 0; i < out->width; i += 4 * LANES) {
         size_t at = start * GROUP + i;
         shorts pairs = LOAD(shorts, out->q + at);
@@ -1841,7 +1906,7 @@ KERNEL void NAME(quantize)(QuantizedActivations *out, size_t token, const float 
 // is a part of the multiplication; as an instruction of its own, which compilers prefer when they
 // need the number twice, it takes the time of an addition.
 INLINE floats NAME(times_number)(floats v, const float *number) {
-#if defined(ISA_AVX512)
+#if LANES == 16
     floats product;
     __asm__("vmulps %2%{1to16%}, %1, %0" : "=v"(product) : "v"(v), "m"(*number));
     return product;
@@ -1943,29 +2008,31 @@ KERNEL void NAME(mix)(float *out, const float *weight, size_t stride, size_t hea
         }
 }
 
-// What the instruction sets do differently: the step of a dot product. Each lane of sum is a row,
-// and grows by 4 of its weights times the 4 activations from x[at] on.
-#if defined(ISA_AVX512)
+// Tiles whose integer sums stay in registers, with AVX-512 the float sums, too.
+#define DECODE_PANELS (LANES == 4 ? 2 : STREAMS)
+#if LANES == 16
+#define TILE_PANELS 2
+#define TILE_TOKENS 6
+#else
+#define TILE_PANELS 1
+#define TILE_TOKENS 4
+#endif
 
-#define DECODE_PANELS STREAMS
-#define TILE_PANELS 2 // a tile of 2 panels x 6 tokens: its 12 integer sums and 12 float
-#define TILE_TOKENS 6 // sums stay in registers
+// The step of a dot product: each lane of sum is a row, and grows by 4 of its weights times the 4
+// activations from x[at] on.
+#if defined(DOT4)
 
-// vpdpbusd multiplies unsigned by signed bytes and adds 4 neighbours. w XOR 0x80 is w + 128,
-// unsigned; the zero-point correction subtracts 128 * the sum of the activations again.
+// w XOR 0x80 is w + 128, unsigned; the zero-point correction subtracts 128 * the sum of the
+// activations again.
 INLINE ints NAME(add_step)(ints sum, ints w, const QuantizedActivations *x, size_t at) {
-    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)(w ^ (int32_t)0x80808080),
-                                     (__m512i)NAME(broadcast)(x->q + at));
+    if (UNSIGNED_WEIGHTS) w ^= (int32_t)0x80808080;
+    return (ints)DOT4(sum, w, NAME(broadcast)(x->q + at));
 }
 INLINE int32_t NAME(zero_point_correction)(const QuantizedActivations *x, size_t group) {
-    return x->sum[group];
+    return UNSIGNED_WEIGHTS ? x->sum[group] : 0;
 }
 
 #else
-
-#define DECODE_PANELS (LANES == 4 ? 2 : STREAMS)
-#define TILE_PANELS 1
-#define TILE_TOKENS 4
 
 // Bytes become numbers of 16 bits where they lie: seen as such a number, a pair of bytes shifted
 // right (signs are kept) gives the odd byte, and shifted left before, the even one.
@@ -1973,9 +2040,9 @@ INLINE ints NAME(add_step)(ints sum, ints w, const QuantizedActivations *x, size
     shorts even = (shorts)w << 8 >> 8, odd = (shorts)w >> 8;
     shorts x_even = (shorts)NAME(broadcast)(x->even + at / 2);
     shorts x_odd = (shorts)NAME(broadcast)(x->odd + at / 2);
-#if defined(ISA_AVX2) // vpmaddwd multiplies numbers of 16 bits and adds 2 neighbours
-    sum += (ints)_mm256_madd_epi16((__m256i)even, (__m256i)x_even);
-    return sum + (ints)_mm256_madd_epi16((__m256i)odd, (__m256i)x_odd);
+#if defined(DOT2)
+    sum += (ints)DOT2(even, x_even);
+    return sum + (ints)DOT2(odd, x_odd);
 #else // a product of bytes fits into 16 bits, and so does the sum of two, 2 * 128 * 127
     ints twos = (ints)(even * x_even + odd * x_odd);
     return sum + (twos << 16 >> 16) + (twos >> 16);
@@ -2107,8 +2174,9 @@ static const Kernels NAME(kernels) = {
 #undef TEXT
 #undef QUOTED
 #undef ISA
-#undef ISA_AVX2
-#undef ISA_AVX512
 #undef LANES
 #undef TARGET
+#undef DOT4
+#undef UNSIGNED_WEIGHTS
+#undef DOT2
 #endif // MODEL_H
