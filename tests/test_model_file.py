@@ -12,7 +12,7 @@ import unittest
 
 from artifacts import model_file
 from probes import BadFileTestCase, kernel_tables, probe, probe_lines
-from support import INFERENCE, MAIN, TINY, SessionTestCase, wait_until
+from support import INFERENCE, MAIN, PARALLEL, TINY, SessionTestCase, wait_until
 
 HEADER = "<Ii7iBi"  # as in GOOD
 FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
@@ -216,18 +216,23 @@ class EngineTest(BadFileTestCase):
                 self.assert_rejected(self.path)
 
     def test_values_that_are_not_finite(self):
-        """An infinite or NaN scale or norm weight ends the session with one line."""
+        """An infinite or NaN scale or norm weight ends the session with one line, whether tokens
+        are sampled or not.
+        """
         starts = layout(config_of(self.good))
         self.assertEqual(starts.pop("end"), len(self.good))
         for table in kernel_tables():
-            for (name, at), value in itertools.product(starts.items(), ("nan", "-inf")):
+            for (name, at), (value, temperature) in itertools.product(
+                    starts.items(), (("nan", 0), ("-inf", 0.6))):
                 with self.subTest(name, table=table, value=value):
                     self.path.write_bytes(self.good[:at] + struct.pack("<f", float(value))
                                           + self.good[at + 4:])
-                    session = self.run_to_end(INFERENCE, "-d", self.path.parent, 1, "Hello",
-                                              env={"KERNELS": table})
+                    session = self.run_to_end(INFERENCE, "-d", self.path.parent, "-t", temperature,
+                                              1, "Hello", env={"KERNELS": table})
                     self.assertEqual(session.text, "")
                     self.assert_error_line(session, 1, "not finite")
+        session = self.run_to_end(PARALLEL, "-d", self.path.parent, 2, 1, "Hello")
+        self.assert_error_line(session, 1, "not finite")
 
 
 class MemoryTest(BadFileTestCase):
