@@ -276,6 +276,7 @@ class ChangingFileTest(SessionTestCase):
             folder = self.copy_of(TINY)
             path = folder / "model.bin"
             session = self.start(MAIN, "-d", folder, *engine, 42)
+            session.read_until(">>> ")
             self.assertEqual(session.ask("My name is Zelda."), "Hello Zelda! How can I help you?\n")
             path.write_bytes(b"x" * path.stat().st_size)
             session.ask("What is a pipe?")
