@@ -9,11 +9,10 @@ import unittest
 from pathlib import Path
 
 from models import BUILD
-from support import (AT_ONCE, INFERENCE, MAIN, PATIENCE, TESTS, TINY, SessionTestCase, replies,
+from support import (INFERENCE, MAIN, PATIENCE, TESTS, TINY, SessionTestCase, replies,
                      wait_until)
 
-SILENT = """
-next_prompt()
+DEAF = """
 time.sleep(600)
 """
 
@@ -60,7 +59,7 @@ class FailureTest(SessionTestCase):
 
     def test_a_prompt_that_cannot_be_sent_is_reported(self):
         """The chat ends, also if the engine does not."""
-        for body in (None, SILENT):
+        for body in (None, DEAF):
             with self.subTest(body):
                 environment = with_fault("prompt")
                 session = (self.start_fake("report()\n" + body, env=environment) if body else
@@ -197,17 +196,26 @@ class BlockedOutputTest(SessionTestCase):
             session.process.wait(0.3)
 
     def test_the_shell_s_description_keeps_its_flags(self):
-        """What main shares with the shell does not become non-blocking."""
+        """What main shares with the shell does not become non-blocking; its own stdout is."""
         for terminal in (True, False):
             session = self.chat(42, terminal=terminal)
             session.read_until(">>> ")
             session.ask("Hello!")
-            for pid in (session.pid, session.engine):
-                flags = Path(f"/proc/{pid}/fdinfo/0").read_text().split("flags:")[1].split()[0]
-                self.assertFalse(int(flags, 8) & os.O_NONBLOCK)
-            for fd in (1, 2):
-                flags = Path(f"/proc/{session.engine}/fdinfo/{fd}").read_text()
-                self.assertFalse(int(flags.split("flags:")[1].split()[0], 8) & os.O_NONBLOCK)
+            self.assertTrue(self.is_non_blocking(session.pid, 1))
+            self.assertFalse(self.is_non_blocking(session.pid, 0))
+            for fd in (0, 1, 2):
+                self.assertFalse(self.is_non_blocking(session.engine, fd))
+
+    @staticmethod
+    def is_non_blocking(pid, fd):
+        flags = Path(f"/proc/{pid}/fdinfo/{fd}").read_text().split("flags:")[1].split()[0]
+        return int(flags, 8) & os.O_NONBLOCK
+
+    def test_an_error_that_nobody_reads(self):
+        """An engine started by hand loses the line rather than wait with it."""
+        full = self.full_pipe()
+        session = self.start(INFERENCE, "-d", "/none", 42, prepare=lambda: os.dup2(full, 2))
+        self.assertEqual(session.finish(), 1)
 
 
 if __name__ == "__main__":
