@@ -94,10 +94,14 @@ test_exp:
 bench: all
 	python3 tests/bench.py
 
+# The experiments; their results stay in tests/results.
+policies threads: all
+	python3 tests/experiments.py $@
+
 clean:
 	rm -rf $(PROGRAMS) log tests/build tests/__pycache__ __pycache__
 
 clean_bin:
 	rm -f model.bin tokenizer.bin model.bin.part tokenizer.bin.part
 
-.PHONY: all prepare chat test test_exp bench clean clean_bin
+.PHONY: all prepare chat test test_exp bench policies threads clean clean_bin

@@ -326,8 +326,6 @@ enum { DONE = 'd', REJECTED = 'r' }; // model loaded or reply finished; prompt r
 // reader of stdout is gone.
 typedef struct Session Session; // defined by the engine
 typedef int Answer(Session *session, const char *prompt, size_t length);
-// What can be prepared while the user types, and else is done for the first prompt.
-typedef void Prepare(Session *session);
 
 // Returns whether the engine is main's child: whether its parent is the process that the
 // environment names. The variable alone proves nothing, since every descendant of the engine
@@ -352,7 +350,7 @@ static inline int notify_front_end(char byte) {
 // Answers main's prompts until the end of the pipe. Returns 0, or -1 if the session ended before.
 // No lost wake-up: SIGUSR1 is blocked since before exec and stays pending until sigwaitinfo(2)
 // takes it, so a prompt written after poll(2) found the pipe empty ends the wait.
-static inline int serve_front_end(Answer *answer, Prepare *prepare, Session *session) {
+static inline int serve_front_end(Answer *answer, Session *session) {
     LineReader reader = {.fd = STDIN_FILENO};
     struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
     char prompt[MAX_PROMPT_LEN];
@@ -360,7 +358,6 @@ static inline int serve_front_end(Answer *answer, Prepare *prepare, Session *ses
     sigemptyset(&notification);
     sigaddset(&notification, SIGUSR1);
     if (notify_front_end(DONE) < 0) return -1;
-    prepare(session);
     for (;;) {
         int length = next_line(&reader, prompt);
         if (length == END_OF_INPUT) return report_read_error(&reader);
@@ -379,7 +376,7 @@ static inline int serve_front_end(Answer *answer, Prepare *prepare, Session *ses
 
 // Answers the prompts of an engine that was started by hand: the lines of stdin. Returns 0, or -1
 // if the session ended before the end of the input.
-static inline int serve_stdin(Answer *answer, Prepare *prepare, Session *session) {
+static inline int serve_stdin(Answer *answer, Session *session) {
     LineReader reader = {.fd = STDIN_FILENO};
     char prompt[MAX_PROMPT_LEN];
     struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
@@ -387,7 +384,6 @@ static inline int serve_stdin(Answer *answer, Prepare *prepare, Session *session
     for (;;) {
         if (marks) fputs(PROMPT_MARK, stdout);
         if (flush_output() < 0) return -1;
-        prepare(session);
         int length;
         while ((length = next_line(&reader, prompt)) == NO_LINE_YET) {
             poll(&input, 1, -1); // stdin may be non-blocking, and must not be read in a busy loop
@@ -403,10 +399,9 @@ static inline int serve_stdin(Answer *answer, Prepare *prepare, Session *session
 
 // Answers the prompts of the command line; if there are none, those of main or else of stdin.
 // Returns 0, or -1 if the session ended before all were answered.
-static inline int serve(Answer *answer, Prepare *prepare, Session *session, char **prompts,
-                        int count) {
-    if (count == 0 && is_child_of_front_end()) return serve_front_end(answer, prepare, session);
-    if (count == 0) return serve_stdin(answer, prepare, session);
+static inline int serve(Answer *answer, Session *session, char **prompts, int count) {
+    if (count == 0 && is_child_of_front_end()) return serve_front_end(answer, session);
+    if (count == 0) return serve_stdin(answer, session);
     for (int i = 0; i < count; i++) {
         size_t length = strlen(prompts[i]);
         if (length > MAX_PROMPT_LEN) printf(TOO_LONG_MESSAGE, MAX_PROMPT_LEN);

@@ -2,14 +2,23 @@
 //
 //     ./inference [options] <seed> ["prompt" ...]
 //
-// common.h has how it talks to the front end, model.h all that it computes. Here is only who
-// computes: one worker, with nobody to wait for.
+// common.h has its protocol with the front end, model.h all that it computes. This file decides who
+// computes: a single worker, which claims all pieces of a step at once.
 #define _GNU_SOURCE
 #include "common.h"
 #include "model.h"
 
-static void run_pass(const Pass *pass) { pass->work(pass, 0, 1); }
-static void meet(int worker, int workers) { (void)worker, (void)workers; }
+static bool claim(int worker, size_t count, size_t piece_size, Range *piece) {
+    (void)worker, (void)piece_size;
+    if (piece->last == count) return false;
+    *piece = (Range){0, count};
+    return true;
+}
+
+static void run_pass(Pass *pass) {
+    pass->workers = 1;
+    forward_steps(pass, 0);
+}
 
 #define USAGE                                                                                      \
     "Usage: %s " SETTINGS_USAGE " <seed> [\"prompt\" ...]\n" SETTINGS_HELP                         \
@@ -31,7 +40,7 @@ int main(int argc, char **argv) {
 
     Session session;
     if (build_session(&session, &settings) < 0) return 1;
-    int result = serve(generate, prepare, &session, argv + optind, argc - optind);
+    int result = serve(generate, &session, argv + optind, argc - optind);
     free_session(&session);
     return result < 0 ? 1 : 0;
 }

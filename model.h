@@ -3,19 +3,20 @@
 //   1  Format          what model.bin holds, and the panels that the kernels read
 //   2  Kernels         the innermost loops, one table of them for each instruction set
 //   3  Transformer     loading and memory
-//   4  Forward         from tokens to logits, shared out among workers
+//   4  Forward pass    tokens to logits, shared out among workers
 //   5  Tokenizer       text to tokens
 //   6  Sampler         logits to a token
 //   7  Generation      one turn of the chat: prompt in, reply out
-//   8  Kernel bodies   read once for each instruction set
+//   8  Kernel bodies   compiled once for each instruction set
+//   9  Tables          constants of the exponential function and of Unicode
 //
-// Same files, same seed, same prompts: same text, on every machine, with any number of workers,
+// Same files, same seed, same prompts: same text, for every instruction set, any number of workers,
 // however a prompt is cut into passes. This holds because every float operation happens in the same
 // order everywhere: no fused multiply-add, and vectors only across independent results (the rows of
-// a matrix, the time steps of attention scores, the dimensions of attention values), never along a
+// a matrix, the positions of attention scores, the dimensions of attention values), never along a
 // sum. Only the integer sums inside a group of 64 weights are reordered, and those are exact.
 //
-// An engine (inference.c, parallel.c) includes this file and says who computes: see section 4.
+// An engine (inference.c, parallel.c) includes this file and decides who computes: see section 4.
 #ifndef MODEL_H
 #define MODEL_H
 
@@ -32,7 +33,7 @@
 #pragma STDC FP_CONTRACT OFF
 #else
 #pragma GCC optimize("fp-contract=off")
-#pragma GCC optimize("O3") // unrolled kernels also in a build with -O2
+#pragma GCC optimize("O3") // unrolls the kernels in a build with -O2, too
 #endif
 
 // ------------------------------------------------------------------------------------------------
@@ -49,15 +50,14 @@
 // A tensor is int8 q[rows * cols], then float32 s[rows * cols / 64], one scale for 64 weights of a
 // row.
 
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the files are read in place");
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the files are read as they are");
 
 #define MODEL_MAGIC 0x616b3432
 #define MODEL_VERSION 2
 #define HEADER_SIZE 256
 #define GROUP 64 // weights or activations that share a scale
 
-// More is no model that this program is for; the limits also keep all sizes below far from
-// overflow.
+// Limits on a hostile header; within them no size below can overflow.
 #define MAX_WIDTH 32768 // of dim and hidden_dim
 #define MAX_LAYERS 1024
 #define MAX_VOCAB (1 << 24)
@@ -69,9 +69,9 @@ typedef struct {
     int kv_dim; // n_kv_heads * head_size
 } Config;
 
-// What the kernels read: a group of PANEL_ROWS rows, 4 columns of all rows side by side, so that
-// the sum of a row stays in its own lane of a vector. The scales lie behind their weights, so that
-// memory is read strictly in the order of the addresses, as fast as it can be.
+// What the kernels read: PANEL_ROWS rows of a group, 4 columns of all rows side by side, so that
+// the sum of a row stays in its own lane of a vector. The scales follow their weights, so that a
+// kernel reads memory strictly in the order of the addresses.
 #define PANEL_ROWS 16
 
 typedef struct {
@@ -79,95 +79,110 @@ typedef struct {
     float s[PANEL_ROWS];
 } Panel;
 
+// The even panels of all tensors follow each other in the order in which a pass reads them, and so
+// do the odd ones. A kernel that takes two panels at a time reads two long streams of memory, which
+// are 25% faster than one on a Zen 3, and 5% on a Zen 4.
+#define STREAMS 4
+
 typedef struct {
-    int rows, cols;
-    const int8_t *q; // [rows][cols]
-    const float *s;  // [rows][cols / GROUP]
-    Panel **panels;  // the same for the kernels: [count_panel_rows()], of [cols / GROUP] each
+    size_t rows, cols;
+    Panel *panels[STREAMS]; // see panels_of()
 } QuantizedTensor;
 
-static size_t count_panel_rows(const QuantizedTensor *w) {
-    return ((size_t)w->rows + PANEL_ROWS - 1) / PANEL_ROWS;
+// Returns the panels [cols / GROUP] that hold a row. Rows beyond the last are zero.
+static Panel *panels_of(const QuantizedTensor *w, size_t row) {
+    size_t number = row / PANEL_ROWS;
+    return w->panels[number % STREAMS] + number / STREAMS * (w->cols / GROUP);
 }
 
+// Matrices that have the same input are one tensor, which is one stream of memory.
 typedef struct {
     const float *rms_att_weight, *rms_ffn_weight; // [dim]
-    QuantizedTensor wq;                           // [dim][dim]
-    QuantizedTensor wk, wv;                       // [kv_dim][dim]
-    QuantizedTensor wo;                           // [dim][dim]
-    QuantizedTensor w1, w3;                       // [hidden_dim][dim], gate and up
-    QuantizedTensor w2;                           // [dim][hidden_dim], down
+    QuantizedTensor wqkv; // [dim + 2 * kv_dim][dim]: the rows of wq, then of wk, then of wv
+    QuantizedTensor wo;   // [dim][dim]
+    QuantizedTensor w13;  // [2 * hidden_dim][dim]: panels of w1 (gate) and w3 (up) in turn
+    QuantizedTensor w2;   // [dim][hidden_dim], down
 } Layer;
 
 typedef struct {
     QuantizedTensor embedding, own_classifier; // [vocab_size][dim]
-    QuantizedTensor *classifier;               // one of the two
+    const QuantizedTensor *classifier;         // one of the two
+    float *norms;                              // all the float32 weights, as in the file
     const float *rms_final_weight;             // [dim]
     Layer *layers;                             // [n_layers]
 } Weights;
 
-// Activations on their way into a matrix: quantized per group of 64, just as the weights.
+// The input of a matrix, quantized per group of 64 like the weights.
 typedef struct {
-    int width;           // values per token
+    size_t width;        // values per token
     int8_t *q;           // [token][width], -127..127
     int16_t *even, *odd; // [token][width / 2], the even and the odd columns of q
     float *s;            // [token][width / GROUP]
-    int32_t *sum; // [token][width / GROUP], 128 * the group's sum of q, see excess() of AVX-512
-} Activations;
+    int32_t *sum;        // [token][width / GROUP], 128 * the sum of the group's q
+} QuantizedActivations;
+
+typedef struct {
+    size_t first, last; // first <= i < last
+} Range;
+
+static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 
 // ------------------------------------------------------------------------------------------------
 // 2  Kernels
 //
-// Each table is the same functions compiled for another instruction set; all give the same bits.
-// Which one to use is found out at run time, so that one plain build serves all machines.
+// Each table holds the same functions compiled for another instruction set; all give the same bits.
+// The program chooses one when it starts, so that one plain build serves all machines.
 
-// The keys of a kv_head lie in blocks of so many time steps, [time / TIME_BLOCK][head_size]
-// [TIME_BLOCK], so that scores are vectors over time. Its values are [time][head_size].
-#define TIME_BLOCK 32
+// The keys of a KV head lie in blocks of KEY_BLOCK positions, [position / KEY_BLOCK][head_size]
+// [KEY_BLOCK], so that scores are vectors over positions. Its values are [position][head_size].
+#define KEY_BLOCK 32
 
 typedef struct {
     const char *name;
 
-    // Quantizes x[width] as token number `token` of out.
+    // Quantizes x[out->width] as token number `token` of out.
     // For each group: scale = max|x| / 127, q = roundf(x / scale) within +-127, or 0 if the scale
     // is 0.
-    void (*quantize)(Activations *out, int token, const float *x);
+    void (*quantize)(QuantizedActivations *out, size_t token, const float *x);
 
-    // out[row] = w[row] . x of token 0, for rows first <= row < last, of which first is a multiple
-    // of PANEL_ROWS, and last as well or the end. For each group in order:
+    // out[row] = w[row] . x of token 0, for a range of rows that begins at a multiple of PANEL_ROWS
+    // and ends at another one or at the last row. For each group in order:
     // sum = sum + ((float)(integer dot product) * weight scale) * activation scale.
-    void (*mat_vec_mul)(float *out, const QuantizedTensor *w, int first, int last,
-                        const Activations *x);
+    void (*mat_vec_mul)(float *out, const QuantizedTensor *w, Range rows,
+                        const QuantizedActivations *x);
 
     // The same for n tokens in one pass over the weights: out[token * w->rows + row].
-    void (*mat_mat_mul)(float *out, const QuantizedTensor *w, int first, int last,
-                        const Activations *x, int n);
+    void (*mat_mat_mul)(float *out, const QuantizedTensor *w, Range rows,
+                        const QuantizedActivations *x, size_t n);
 
     // out[head * stride + t] = q[head] . key[t] / sqrtf(head_size), sums in index order, for the
-    // `heads` of q[heads][head_size], which share the keys, and t < times. Entries up to a multiple
-    // of TIME_BLOCK are overwritten.
-    void (*score)(float *out, size_t stride, const float *q, int heads, int head_size,
-                  const float *keys, int times);
+    // `heads` of q[heads][head_size], which share the keys, and t < kv_len. Entries up to a
+    // multiple of KEY_BLOCK are overwritten.
+    void (*score)(float *out, size_t stride, const float *q, size_t heads, size_t head_size,
+                  const float *keys, size_t kv_len);
 
-    // out[head][i] = out[head][i] + weight[head * stride + t] * value[t][i] for each t < times in
+    // out[head][i] = out[head][i] + weight[head * stride + t] * value[t][i] for each t < kv_len in
     // order, i < head_size, for the `heads` of out[heads][head_size], which share the values.
-    void (*mix)(float *out, const float *weight, size_t stride, int heads, int head_size,
-                const float *values, int times);
+    void (*mix)(float *out, const float *weight, size_t stride, size_t heads, size_t head_size,
+                const float *values, size_t kv_len);
 
     // Softmax of rows of n >= 1 numbers, `stride` apart, in place: x - maximum, exp, the sum in
     // index order, each divided by the sum.
-    void (*softmax)(float *x, size_t stride, int rows, int n);
+    void (*softmax)(float *x, size_t stride, size_t rows, size_t n);
 
-    // gate[i] = silu(gate[i]) * up[i], silu(h) = h * (1 / (1 + exp(-h)))
-    void (*swiglu)(float *gate, const float *up, int n);
+    // out[i] = silu(gate[i]) * up[i], silu(h) = h * (1 / (1 + exp(-h)))
+    void (*swiglu)(float *out, const float *gate, const float *up, size_t n);
 
     // x[i] = e to the power of x[i] - shift, by the definition of section 8, not by libm's expf.
     // The two above take the same exponential; it is here for the tests.
-    void (*exp_minus)(float *x, int n, float shift);
+    void (*exp_minus)(float *x, size_t n, float shift);
 } Kernels;
 
-// The bodies are in section 8 of this file, which here reads itself once for each instruction set:
-// GCC and clang need to know the target of a function when they compile it.
+// 2^(i/32) for exp_minus(); see section 9.
+static const uint64_t exp_table[32];
+
+// The bodies are in section 8 of this file, which includes itself here once for each instruction
+// set: GCC and clang have to know the target of a function when they compile it.
 #define ISA portable
 #define LANES 4 // floats of a vector register
 #define TARGET
@@ -202,8 +217,8 @@ static int usable_kernels(const Kernels *usable[MAX_TABLES]) {
     return count;
 }
 
-// The best table, or the one that the environment variable KERNELS names, so that each can be
-// tested and measured. NULL, after a complaint, if that one cannot run here.
+// Returns the best table, or the one that the environment variable KERNELS names, so that each can
+// be tested and measured; NULL, after reporting it, if this machine does not have that one.
 static const Kernels *choose_kernels(void) {
     const Kernels *usable[MAX_TABLES];
     int count = usable_kernels(usable);
@@ -211,10 +226,14 @@ static const Kernels *choose_kernels(void) {
     if (wanted == NULL || *wanted == '\0') return usable[0];
     for (int i = 0; i < count; i++)
         if (strcmp(wanted, usable[i]->name) == 0) return usable[i];
-    report_error(
-        "KERNELS=%s: this machine has no such kernels. Choose avx512, avx2 or portable, as far "
-        "as it has them, or unset the variable for the best.",
-        wanted);
+    char names[80] = "";
+    for (int i = 0; i < count; i++) {
+        strcat(names, i > 0 ? ", " : "");
+        strcat(names, usable[i]->name);
+    }
+    report_error("KERNELS=%s: this machine has no such kernels. Choose one of %s, or unset the "
+                 "variable for the best.",
+                 wanted, names);
     return NULL;
 }
 
@@ -223,28 +242,29 @@ static const Kernels *choose_kernels(void) {
 
 #define MAX_BATCH 128 // tokens of one pass: their activations stay in the second-level cache
 #define MAX_WORKERS MAX_THREADS
-#define NORM_ROWS 4 // rows that rmsnorm() sums side by side
+#define NORM_ROWS 4                           // rows that rmsnorm() sums side by side
+#define ROWS_PER_PIECE (STREAMS * PANEL_ROWS) // of a matrix, what a worker claims at a time
 
 // What a pass works on. "Own" is memory of one worker that no other touches.
 typedef struct {
-    float *x;                     // [MAX_BATCH][dim], the residual stream
-    float *xb;                    // [MAX_BATCH][dim], what attention brings
-    float *xb2;                   // [MAX_BATCH][dim], what a block adds to x
-    float *q;                     // [MAX_BATCH][dim]
-    float *k, *v;                 // [MAX_BATCH][kv_dim], on their way into the caches
-    float *hb, *hb2;              // [MAX_BATCH][hidden_dim], gate and up
-    float *rope;                  // [MAX_BATCH][head_size / 2][cos, sin]
-    float *logits;                // [MAX_BATCH][vocab_size]
-    Activations shared;           // of all tokens of a pass
-    Activations own[MAX_WORKERS]; // of the only token of a pass
-    float *normed[MAX_WORKERS];   // [NORM_ROWS][dim], on their way into the activations
-    float *att[MAX_WORKERS];      // [n_heads][times]
-    float *frequency;             // [head_size / 2], radians per position
-    float *cache;                 // keys and values, see chunk_of()
-    size_t cache_size;            // bytes
-    size_t times;                 // time steps that the caches have room for
-    void *memory;                 // holds all of them
-    size_t size;                  // bytes
+    float *x;                    // [MAX_BATCH][dim], the residual stream
+    float *qkv;                  // [MAX_BATCH][dim + 2 * kv_dim], queries, keys, values
+    float *xb;                   // [MAX_BATCH][dim], the output of attention
+    float *xb2;                  // [MAX_BATCH][dim], what a block adds to x
+    float *gate_up;              // [MAX_BATCH][2 * hidden_dim], in turn as the rows of w13
+    float *hb;                   // [MAX_BATCH][hidden_dim], the output of SwiGLU
+    float *rope;                 // [MAX_BATCH][head_size / 2][cos, sin]
+    float *logits;               // [MAX_BATCH][vocab_size]
+    QuantizedActivations shared; // of all tokens of a pass
+    QuantizedActivations own[MAX_WORKERS]; // of the only token of a pass
+    float *normed[MAX_WORKERS];            // [NORM_ROWS][dim], between rmsnorm() and quantize()
+    float *att[MAX_WORKERS];               // [n_heads][max_kv_len]
+    float *frequency;                      // [head_size / 2], radians per position
+    float *kv_cache;                       // see kv_chunk()
+    size_t kv_cache_size;                  // bytes
+    size_t max_kv_len;                     // positions that the KV cache has room for
+    void *memory;                          // holds all of them
+    size_t size;                           // bytes
 } State;
 
 typedef struct {
@@ -252,14 +272,11 @@ typedef struct {
     Weights weights;
     State state;
     const Kernels *kernels;
-    char *file; // model.bin, mapped
-    size_t file_size;
-    Panel *panels;      // of all matrices, and behind them the addresses that the matrices have
+    Panel *panels;      // of all tensors, in the order in which a pass reads them
     size_t panels_size; // bytes
-    bool packed;        // the panels hold the weights
 } Transformer;
 
-// Complains about one of the two files, with what to do. Returns -1.
+// Reports what is wrong with one of the two files, and what to do. Returns -1.
 __attribute__((format(printf, 2, 3))) static int refuse_file(const char *path, const char *format,
                                                              ...) {
     char wrong[256];
@@ -273,8 +290,8 @@ __attribute__((format(printf, 2, 3))) static int refuse_file(const char *path, c
     return -1;
 }
 
-// Complains that there is not enough memory for something of one of the two files. Returns -1.
-static int lack_memory(const char *path, const char *what, size_t size) {
+// Reports that there is not enough memory for something of one of the two files. Returns -1.
+static int refuse_for_memory(const char *path, const char *what, size_t size) {
     report_error(
         "%s: there is not enough memory for %s (%zu bytes). End other programs, or allow this "
         "one more: ulimit -v",
@@ -282,30 +299,56 @@ static int lack_memory(const char *path, const char *what, size_t size) {
     return -1;
 }
 
-// Opens a file of the model for reading. Returns its descriptor and size, or -1 after a complaint.
-static int open_model_file(const char *path, size_t *size) {
+// One of the two files while it is read. The first error is reported and makes all later reads do
+// nothing, so that only the end has to be checked.
+typedef struct {
+    const char *path;
+    FILE *stream;
+    size_t size; // bytes
+    bool failed;
+} ModelFile;
+
+// Opens a file for reading. Returns 0, or -1 after reporting why not.
+static int open_model_file(ModelFile *file, const char *path) {
     struct stat status;
-    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC); // no waiting for a pipe's other end
-    if (fd < 0) return refuse_file(path, "%s", strerror(errno));
+    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC); // a FIFO does not block the open
+    *file = (ModelFile){.path = path, .stream = fd >= 0 ? fdopen(fd, "r") : NULL};
+    if (file->stream == NULL) {
+        refuse_file(path, "%s", strerror(errno));
+        if (fd >= 0) close(fd);
+        return -1;
+    }
     if (fstat(fd, &status) < 0 || !S_ISREG(status.st_mode)) {
-        close(fd);
+        fclose(file->stream);
         return refuse_file(path, "this is not a regular file");
     }
-    *size = (size_t)status.st_size;
-    return fd;
+    file->size = (size_t)status.st_size;
+    return 0;
 }
 
-// Reads the header into *c. Everything in it is hostile until checked.
-static int read_header(Config *c, bool *shared_classifier, const char *file, size_t size,
-                       const char *path) {
+static void read_bytes(ModelFile *file, void *to, size_t size) {
+    if (file->failed || fread(to, 1, size, file->stream) == size) return;
+    file->failed = true;
+    refuse_file(file->path, ferror(file->stream) ? "it cannot be read (%s)" : "it ends too early",
+                strerror(errno));
+}
+
+// Reads the header into *c. Everything in it is hostile until checked. Returns 0, or -1 after one
+// line on stderr.
+static int read_header(Config *c, bool *shared_classifier, ModelFile *file) {
+    const char *path = file->path;
+    char header[HEADER_SIZE];
     uint32_t magic;
     int32_t version, group_size, fields[7];
-    if (size < HEADER_SIZE) return refuse_file(path, "too short (%zu bytes) for a model", size);
-    memcpy(&magic, file, 4);
-    memcpy(&version, file + 4, 4);
-    memcpy(fields, file + 8, sizeof(fields));
-    memcpy(&group_size, file + 37, 4);
-    *shared_classifier = file[36] != 0;
+    if (file->size < HEADER_SIZE)
+        return refuse_file(path, "too short (%zu bytes) for a model", file->size);
+    read_bytes(file, header, HEADER_SIZE);
+    if (file->failed) return -1;
+    memcpy(&magic, header, 4);
+    memcpy(&version, header + 4, 4);
+    memcpy(fields, header + 8, sizeof(fields));
+    memcpy(&group_size, header + 37, 4);
+    *shared_classifier = header[36] != 0;
     if (magic != MODEL_MAGIC) return refuse_file(path, "not a model (the magic number is wrong)");
     if (version != MODEL_VERSION)
         return refuse_file(path, "version %d of the format, but expected is 2 (int8)",
@@ -326,7 +369,7 @@ static int read_header(Config *c, bool *shared_classifier, const char *file, siz
                            c->dim, c->hidden_dim, MAX_WIDTH);
     if (c->n_heads < 1 || c->dim % c->n_heads != 0 || c->dim / c->n_heads % 2 != 0 ||
         c->n_kv_heads < 1 || c->n_heads % c->n_kv_heads != 0)
-        return refuse_file(path, "%d heads and %d kv_heads do not divide dim %d into even heads",
+        return refuse_file(path, "%d heads and %d KV heads do not divide dim %d into even heads",
                            c->n_heads, c->n_kv_heads, c->dim);
     if (c->n_layers < 1 || c->n_layers > MAX_LAYERS || c->vocab_size < 1 ||
         c->vocab_size > MAX_VOCAB || c->seq_len < 1 || c->seq_len > MAX_SEQ_LEN)
@@ -338,42 +381,107 @@ static int read_header(Config *c, bool *shared_classifier, const char *file, siz
     return 0;
 }
 
-// Walks through the file, or only along it: with base NULL, *offset just grows.
-static const void *pass_over(const char *base, size_t *offset, size_t bytes) {
-    const char *here = base ? base + *offset : NULL;
-    *offset += bytes;
-    return here;
+// float32 weights of all norms, which follow the header
+static size_t count_norms(const Config *c) {
+    return (2 * (size_t)c->n_layers + 1) * (size_t)c->dim;
 }
 
-static QuantizedTensor pass_tensor(const char *base, size_t *offset, int rows, int cols) {
-    QuantizedTensor tensor = {.rows = rows, .cols = cols};
-    size_t count = (size_t)rows * (size_t)cols;
-    tensor.q = pass_over(base, offset, count);
-    tensor.s = pass_over(base, offset, count / GROUP * sizeof(float));
-    return tensor;
+// The size in bytes that a model's file must have.
+static size_t expected_file_size(const Config *c, bool shared_classifier) {
+    size_t dim = c->dim, hidden_dim = c->hidden_dim, kv_dim = c->kv_dim, vocab_size = c->vocab_size;
+    size_t layer = 2 * dim * dim + 2 * kv_dim * dim + 3 * hidden_dim * dim;
+    size_t weights = vocab_size * dim * (shared_classifier ? 1 : 2) + c->n_layers * layer;
+    return HEADER_SIZE + count_norms(c) * sizeof(float) + weights + weights / GROUP * sizeof(float);
 }
 
-// Points the weights into the file, in its order. Returns the size that the file should have.
-static size_t map_weights(Weights *w, const Config *c, bool shared_classifier, const char *file) {
-    size_t at = HEADER_SIZE, norm = (size_t)c->dim * sizeof(float);
-    Layer *end = w->layers + c->n_layers;
-    for (Layer *l = w->layers; l < end; l++) l->rms_att_weight = pass_over(file, &at, norm);
-    for (Layer *l = w->layers; l < end; l++) l->rms_ffn_weight = pass_over(file, &at, norm);
-    w->rms_final_weight = pass_over(file, &at, norm);
-    w->embedding = pass_tensor(file, &at, c->vocab_size, c->dim);
-    for (Layer *l = w->layers; l < end; l++) l->wq = pass_tensor(file, &at, c->dim, c->dim);
-    for (Layer *l = w->layers; l < end; l++) l->wk = pass_tensor(file, &at, c->kv_dim, c->dim);
-    for (Layer *l = w->layers; l < end; l++) l->wv = pass_tensor(file, &at, c->kv_dim, c->dim);
-    for (Layer *l = w->layers; l < end; l++) l->wo = pass_tensor(file, &at, c->dim, c->dim);
-    for (Layer *l = w->layers; l < end; l++) l->w1 = pass_tensor(file, &at, c->hidden_dim, c->dim);
-    for (Layer *l = w->layers; l < end; l++) l->w2 = pass_tensor(file, &at, c->dim, c->hidden_dim);
-    for (Layer *l = w->layers; l < end; l++) l->w3 = pass_tensor(file, &at, c->hidden_dim, c->dim);
-    w->classifier = shared_classifier ? &w->embedding : &w->own_classifier;
-    if (!shared_classifier) w->own_classifier = pass_tensor(file, &at, c->vocab_size, c->dim);
-    return at;
+// Gives a tensor its shape and its place in the streams, which hold used[i] panels before; without
+// streams it only counts the panels.
+static void place_tensor(QuantizedTensor *w, size_t rows, size_t cols, Panel *streams[STREAMS],
+                         size_t used[STREAMS]) {
+    size_t panel_rows = (rows + PANEL_ROWS - 1) / PANEL_ROWS;
+    *w = (QuantizedTensor){.rows = rows, .cols = cols};
+    for (size_t i = 0; i < STREAMS; i++) {
+        if (streams) w->panels[i] = streams[i] + used[i];
+        used[i] += (panel_rows + STREAMS - 1 - i) / STREAMS * (cols / GROUP);
+    }
 }
 
-// Hands out 64-byte aligned pieces of a block of memory; without a block it only adds up their
+// Places all tensors in the order in which a pass reads them.
+static void place_tensors(Weights *w, const Config *c, bool shared_classifier,
+                          Panel *streams[STREAMS], size_t used[STREAMS]) {
+    size_t dim = c->dim, kv_dim = c->kv_dim, hidden_dim = c->hidden_dim;
+    for (Layer *l = w->layers; l < w->layers + c->n_layers; l++) {
+        place_tensor(&l->wqkv, dim + 2 * kv_dim, dim, streams, used);
+        place_tensor(&l->wo, dim, dim, streams, used);
+        place_tensor(&l->w13, 2 * hidden_dim, dim, streams, used);
+        place_tensor(&l->w2, dim, hidden_dim, streams, used);
+    }
+    place_tensor(&w->embedding, c->vocab_size, dim, streams, used);
+    w->classifier = &w->embedding;
+    if (shared_classifier) return;
+    place_tensor(&w->own_classifier, c->vocab_size, dim, streams, used);
+    w->classifier = &w->own_classifier;
+}
+
+// Reads a tensor of `rows` rows from the file into w: row r becomes row
+// start + r + r / PANEL_ROWS * skip.
+static void read_tensor(ModelFile *file, QuantizedTensor *w, size_t start, size_t skip,
+                        size_t rows) {
+    size_t groups = w->cols / GROUP;
+    int8_t q[MAX_WIDTH];
+    float s[MAX_WIDTH / GROUP];
+    for (size_t r = 0; r < rows && !file->failed; r++) {
+        size_t row = start + r + r / PANEL_ROWS * skip;
+        Panel *panel = panels_of(w, row);
+        read_bytes(file, q, w->cols);
+        for (size_t i = 0; i < w->cols; i += 4)
+            memcpy(panel[i / GROUP].q[i % GROUP / 4][row % PANEL_ROWS], q + i, 4);
+    }
+    for (size_t r = 0; r < rows && !file->failed; r++) {
+        size_t row = start + r + r / PANEL_ROWS * skip;
+        Panel *panel = panels_of(w, row);
+        read_bytes(file, s, groups * sizeof(float));
+        for (size_t group = 0; group < groups; group++) panel[group].s[row % PANEL_ROWS] = s[group];
+    }
+}
+
+// Reads all that follows the header, in the file's order.
+static void read_weights(ModelFile *file, Weights *w, const Config *c) {
+    size_t dim = c->dim, kv_dim = c->kv_dim, hidden_dim = c->hidden_dim, layers = c->n_layers;
+    read_bytes(file, w->norms, count_norms(c) * sizeof(float));
+    for (size_t i = 0; i < layers; i++) {
+        w->layers[i].rms_att_weight = w->norms + i * dim;
+        w->layers[i].rms_ffn_weight = w->norms + (layers + i) * dim;
+    }
+    w->rms_final_weight = w->norms + 2 * layers * dim;
+
+    Layer *end = w->layers + layers;
+    read_tensor(file, &w->embedding, 0, 0, c->vocab_size);
+    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wqkv, 0, 0, dim);
+    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wqkv, dim, 0, kv_dim);
+    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wqkv, dim + kv_dim, 0, kv_dim);
+    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wo, 0, 0, dim);
+    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->w13, 0, PANEL_ROWS, hidden_dim);
+    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->w2, 0, 0, dim);
+    for (Layer *l = w->layers; l < end; l++)
+        read_tensor(file, &l->w13, PANEL_ROWS, PANEL_ROWS, hidden_dim);
+    if (w->classifier != &w->embedding) read_tensor(file, &w->own_classifier, 0, 0, c->vocab_size);
+}
+
+// Returns fresh memory, which reads as zero, in huge pages where the kernel has some: at the end of
+// each page the processor's prefetching stops. Pages that are never written take no memory. NULL,
+// after reporting it, if there is not enough.
+static void *get_memory(const char *path, const char *what, size_t size) {
+    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) {
+        refuse_for_memory(path, what, size);
+        return NULL;
+    }
+    return memory;
+}
+
+// Returns the next 64-byte aligned piece of the state's memory; without memory it only adds up the
 // sizes.
 static void *take_memory(State *s, size_t count, size_t size) {
     void *here = s->memory ? (char *)s->memory + s->size : NULL;
@@ -383,70 +491,68 @@ static void *take_memory(State *s, size_t count, size_t size) {
 
 static float *take_floats(State *s, size_t count) { return take_memory(s, count, sizeof(float)); }
 
-static Activations take_activations(State *s, size_t tokens, int width) {
-    Activations a = {.width = width};
-    a.q = take_memory(s, tokens * (size_t)width, 1);
-    a.even = take_memory(s, tokens * (size_t)width / 2, sizeof(int16_t));
-    a.odd = take_memory(s, tokens * (size_t)width / 2, sizeof(int16_t));
-    a.s = take_floats(s, tokens * (size_t)width / GROUP);
-    a.sum = take_memory(s, tokens * (size_t)width / GROUP, sizeof(int32_t));
-    return a;
+static QuantizedActivations take_activations(State *s, size_t tokens, size_t width) {
+    return (QuantizedActivations){
+        .width = width,
+        .q = take_memory(s, tokens * width, 1),
+        .even = take_memory(s, tokens * width / 2, sizeof(int16_t)),
+        .odd = take_memory(s, tokens * width / 2, sizeof(int16_t)),
+        .s = take_floats(s, tokens * width / GROUP),
+        .sum = take_memory(s, tokens * width / GROUP, sizeof(int32_t)),
+    };
 }
 
-#define CHUNK 256 // time steps
+#define CHUNK 256 // positions
 
-// What the caches hold of one kv_head of a layer from a multiple of CHUNK on.
+// What the KV cache holds of one KV head of a layer from a multiple of CHUNK on.
 typedef struct {
-    float *keys;   // in blocks of TIME_BLOCK
+    float *keys;   // in blocks of KEY_BLOCK positions
     float *values; // [CHUNK][head_size]
-} Chunk;
+} KvChunk;
 
-// The chunk that holds a time step. The cache is [time / CHUNK][layer][keys, values][kv_head]: a
-// short chat uses one chunk of each layer, which lie together, and yet a worker reads what its
-// heads need of a layer in long runs. To begin a new run costs as much as reading on for 20 KB;
-// longer chunks would mean fewer, but take more memory at once.
-static Chunk chunk_of(const State *s, const Config *c, int layer, int kv_head, int time) {
-    size_t number = (size_t)(time / CHUNK) * (size_t)c->n_layers + (size_t)layer;
-    size_t size = CHUNK * (size_t)c->kv_dim;
-    float *keys = s->cache + number * 2 * size + (size_t)kv_head * CHUNK * (size_t)c->head_size;
-    return (Chunk){keys, keys + size};
+// Returns the chunk that holds a position. The cache is [position / CHUNK][layer][keys, values]
+// [kv_head]: a short chat uses one chunk of each layer, which lie together, and yet a worker reads
+// what its heads need of a layer in long runs.
+static KvChunk kv_chunk(const State *s, const Config *c, size_t layer, size_t kv_head,
+                        size_t position) {
+    size_t size = CHUNK * (size_t)c->kv_dim; // floats
+    size_t number = position / CHUNK * c->n_layers + layer;
+    float *keys = s->kv_cache + number * 2 * size + kv_head * CHUNK * c->head_size;
+    return (KvChunk){keys, keys + size};
 }
 
 static void lay_out_state(State *s, const Config *c) {
-    size_t dim = (size_t)c->dim, hidden_dim = (size_t)c->hidden_dim, kv_dim = (size_t)c->kv_dim;
-    int widest = c->dim > c->hidden_dim ? c->dim : c->hidden_dim;
+    size_t dim = c->dim, hidden_dim = c->hidden_dim, kv_dim = c->kv_dim;
+    size_t widest = dim > hidden_dim ? dim : hidden_dim;
     s->size = 0;
-    s->times = ((size_t)c->seq_len + CHUNK - 1) / CHUNK * CHUNK;
-    s->cache = take_floats(s, s->times * 2 * kv_dim * (size_t)c->n_layers);
-    s->cache_size = s->size;
+    s->max_kv_len = ((size_t)c->seq_len + CHUNK - 1) / CHUNK * CHUNK;
+    s->kv_cache = take_floats(s, s->max_kv_len * 2 * kv_dim * c->n_layers);
+    s->kv_cache_size = s->size;
     s->x = take_floats(s, MAX_BATCH * dim);
+    s->qkv = take_floats(s, MAX_BATCH * (dim + 2 * kv_dim));
     s->xb = take_floats(s, MAX_BATCH * dim);
     s->xb2 = take_floats(s, MAX_BATCH * dim);
-    s->q = take_floats(s, MAX_BATCH * dim);
-    s->k = take_floats(s, MAX_BATCH * kv_dim);
-    s->v = take_floats(s, MAX_BATCH * kv_dim);
+    s->gate_up = take_floats(s, MAX_BATCH * 2 * hidden_dim);
     s->hb = take_floats(s, MAX_BATCH * hidden_dim);
-    s->hb2 = take_floats(s, MAX_BATCH * hidden_dim);
     s->rope = take_floats(s, MAX_BATCH * (size_t)c->head_size);
     s->frequency = take_floats(s, (size_t)c->head_size / 2);
     s->shared = take_activations(s, MAX_BATCH, widest);
     for (int worker = 0; worker < MAX_WORKERS; worker++) {
         s->own[worker] = take_activations(s, 1, widest);
         s->normed[worker] = take_floats(s, NORM_ROWS * dim);
-        s->att[worker] = take_floats(s, (size_t)c->n_heads * s->times);
+        s->att[worker] = take_floats(s, c->n_heads * s->max_kv_len);
     }
     s->logits = take_floats(s, MAX_BATCH * (size_t)c->vocab_size);
 }
 
-// Fresh anonymous pages are zero, and pages that are never touched are never there.
+// Returns 0, or -1 after reporting that there is not enough memory.
 static int build_state(State *s, const Config *c, const char *path) {
     lay_out_state(s, c);
-    void *memory = mmap(NULL, s->size, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) return lack_memory(path, "computing", s->size);
-    s->memory = memory;
+    if ((s->memory = get_memory(path, "computing", s->size)) == NULL) return -1;
     lay_out_state(s, c);
-    madvise(s->cache, s->cache_size, MADV_HUGEPAGE); // as for the panels below
+    madvise(s->kv_cache, s->kv_cache_size, MADV_HUGEPAGE);
+    // RoPE's frequencies. libm's pow, like its cos and sin below, is taken in double and rounded
+    // once: its float functions differ between machines.
     for (int i = 0; i < c->head_size / 2; i++)
         s->frequency[i] = 1 / (float)pow(10000.0, (double)(2 * i / (float)c->head_size));
     return 0;
@@ -454,161 +560,102 @@ static int build_state(State *s, const Config *c, const char *path) {
 
 static void free_transformer(Transformer *t) {
     free(t->weights.layers);
+    free(t->weights.norms);
     if (t->state.memory) munmap(t->state.memory, t->state.size);
     if (t->panels) munmap(t->panels, t->panels_size);
-    if (t->file) munmap(t->file, t->file_size);
     *t = (Transformer){0};
 }
 
-#define LAYER_MATRICES 7
-
-// The matrices in the order in which a pass reads them (but for an embedding that is nothing else:
-// of that it reads a row), or NULL behind the last one.
-static QuantizedTensor *matrix_number(Transformer *t, int i) {
+// Gets memory for the weights and reads them. Returns 0, or -1 after one line on stderr.
+static int build_weights(Transformer *t, bool shared_classifier, ModelFile *file) {
     Weights *w = &t->weights;
-    int of_layers = LAYER_MATRICES * t->config.n_layers;
-    if (i < of_layers) {
-        Layer *l = &w->layers[i / LAYER_MATRICES];
-        QuantizedTensor *matrices[] = {&l->wq, &l->wk, &l->wv, &l->wo, &l->w1, &l->w3, &l->w2};
-        return matrices[i % LAYER_MATRICES];
-    }
-    if (i == of_layers) return w->classifier;
-    return i == of_layers + 1 && w->classifier != &w->embedding ? &w->embedding : NULL;
+    const Config *c = &t->config;
+    size_t layers_size = c->n_layers * sizeof(Layer), norms_size = count_norms(c) * sizeof(float);
+    w->layers = calloc(1, layers_size);
+    w->norms = malloc(norms_size);
+    if (w->layers == NULL || w->norms == NULL)
+        return refuse_for_memory(file->path, "its layers", layers_size + norms_size);
+    Panel *streams[STREAMS] = {NULL};
+    size_t count[STREAMS] = {0}, used[STREAMS] = {0}, all = 0;
+    place_tensors(w, c, shared_classifier, NULL, count);
+    for (size_t i = 0; i < STREAMS; i++) all += count[i];
+    t->panels_size = all * sizeof(Panel);
+    t->panels = get_memory(file->path, "its weights", t->panels_size);
+    if (t->panels == NULL) return -1;
+    madvise(t->panels, t->panels_size, MADV_HUGEPAGE);
+    for (size_t i = 0; i < STREAMS; i++) streams[i] = i ? streams[i - 1] + count[i - 1] : t->panels;
+    place_tensors(w, c, shared_classifier, streams, used);
+    read_weights(file, w, c);
+    return file->failed ? -1 : 0;
 }
 
-// Gets the memory for the panels, in huge pages: at the end of each page the processor's
-// prefetching stops. Nothing of it is there before pack_share() writes it, the addresses too.
-static int build_panels(Transformer *t, const char *path) {
-    size_t panels = 0, panel_rows = 0;
-    QuantizedTensor *w;
-    for (int i = 0; (w = matrix_number(t, i)); i++) {
-        panels += count_panel_rows(w) * (size_t)(w->cols / GROUP);
-        panel_rows += count_panel_rows(w);
-    }
-    t->panels_size = panels * sizeof(Panel) + panel_rows * sizeof(Panel *);
-    void *memory = mmap(NULL, t->panels_size, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) return lack_memory(path, "its weights", t->panels_size);
-    t->panels = memory;
-    madvise(memory, t->panels_size, MADV_HUGEPAGE); // advice: without huge pages it works, too
-    Panel **addresses = (Panel **)(t->panels + panels);
-    for (int i = 0; (w = matrix_number(t, i)); i++) {
-        w->panels = addresses;
-        addresses += count_panel_rows(w);
-    }
-    return 0;
-}
-
-// Copies rows [first, last) of a matrix into its panels; first is a multiple of PANEL_ROWS. Rows
-// that are missing in the last panel stay zero.
-static void pack_rows(QuantizedTensor *w, int first, int last) {
-    size_t groups = (size_t)w->cols / GROUP;
-    for (int start = first; start < last; start += PANEL_ROWS) {
-        Panel *panel = w->panels[start / PANEL_ROWS];
-        int rows = last - start < PANEL_ROWS ? last - start : PANEL_ROWS;
-        // The rows are taken side by side, but before that fetched in the order of their addresses,
-        // which the processor's prefetching follows: twice as fast.
-        const volatile int8_t *all = w->q + (size_t)start * (size_t)w->cols;
-        for (int i = 0; i < rows * w->cols; i += 64) (void)all[i];
-        for (size_t group = 0; group < groups; group++, panel++)
-            for (int r = 0; r < rows; r++) {
-                size_t at = (size_t)(start + r) * groups + group;
-                const int8_t *q = w->q + at * GROUP;
-                for (int step = 0; step < GROUP / 4; step++, q += 4)
-                    memcpy(panel->q[step][r], q, 4);
-                panel->s[r] = w->s[at];
-            }
-    }
-}
-
-// Loads the model of a path: maps the file, checks it, gets memory. Returns 0, or -1 after one line
-// on stderr, with nothing left to free.
+// Loads a model: checks the file and packs its weights into panels. The file is not needed
+// afterwards. Returns 0, or -1 after one line on stderr, with nothing left to free.
 static int build_transformer(Transformer *t, const char *path) {
-    *t = (Transformer){0};
+    ModelFile file;
     bool shared_classifier = false;
-    t->kernels = choose_kernels();
-    if (t->kernels == NULL) return -1;
-    int fd = open_model_file(path, &t->file_size);
-    if (fd < 0) return -1;
-    // Nothing can't be mapped; read_header() tells about that.
-    void *file = t->file_size > 0 ? mmap(NULL, t->file_size, PROT_READ, MAP_PRIVATE, fd, 0) : NULL;
-    close(fd);
-    if (file == MAP_FAILED)
-        return errno == ENOMEM ? lack_memory(path, "mapping it", t->file_size)
-                               : refuse_file(path, "cannot be mapped: %s", strerror(errno));
-    t->file = file;
-    if (read_header(&t->config, &shared_classifier, t->file, t->file_size, path) < 0) goto failed;
-
-    t->weights.layers = calloc((size_t)t->config.n_layers, sizeof(Layer));
-    if (t->weights.layers == NULL) {
-        lack_memory(path, "its layers", (size_t)t->config.n_layers * sizeof(Layer));
-        goto failed;
+    *t = (Transformer){.kernels = choose_kernels()};
+    if (t->kernels == NULL || open_model_file(&file, path) < 0) return -1;
+    int result = read_header(&t->config, &shared_classifier, &file);
+    if (result == 0) {
+        size_t expected = expected_file_size(&t->config, shared_classifier);
+        if (file.size != expected)
+            result =
+                refuse_file(path, "%zu bytes, but its header announces %zu", file.size, expected);
     }
-    size_t expected = map_weights(&t->weights, &t->config, shared_classifier, NULL);
-    if (t->file_size != expected) {
-        refuse_file(path, "%zu bytes, but its header announces %zu", t->file_size, expected);
-        goto failed;
-    }
-    map_weights(&t->weights, &t->config, shared_classifier, t->file);
-    if (build_panels(t, path) < 0 || build_state(&t->state, &t->config, path) < 0) goto failed;
-    return 0;
-failed:
-    free_transformer(t);
-    return -1;
+    if (result == 0) result = build_weights(t, shared_classifier, &file);
+    if (result == 0) result = build_state(&t->state, &t->config, path);
+    fclose(file.stream);
+    if (result < 0) free_transformer(t);
+    return result;
 }
 
 // ------------------------------------------------------------------------------------------------
-// 4  Forward: from tokens to logits
+// 4  Forward pass: tokens to logits
 //
 // A pass takes n tokens at consecutive positions through all layers and reads each weight once for
-// all of them. Every worker of the engine walks through the same compute_share() with a number of
-// its own, does its share of each step, and meets the others where a step needs the whole of the
-// one before. The engine provides the two functions below; an engine of one worker has nothing to
-// do for them.
-
-typedef struct Pass Pass;
-struct Pass {
-    void (*work)(const Pass *pass, int worker, int workers); // compute_share(), or pack_share()
-    Transformer *transformer;
-    const int *tokens;
-    int n;         // tokens of this pass, 1..MAX_BATCH
-    int pos;       // position of the first
-    int wanted;    // logits are computed for so many of the last tokens, 0..n ...
-    float *logits; // ... into [wanted][vocab_size]
-};
-
-// Calls pass->work(pass, worker, workers) on each worker and returns when all have returned.
-static void run_pass(const Pass *pass);
-// Returns when all workers of the pass have called it.
-static void meet(int worker, int workers);
+// all of them: one token when decoding, many in prefill. It is a fixed sequence of steps, each a
+// loop over pieces that do not depend on each other: rows of a matrix, heads, tokens. All workers
+// of the engine walk through the same sequence, in forward_steps(). A step is written as
+//
+//     for (Range rows = {0}; claim(worker, count, piece_size, &rows);) compute these rows
+//
+// where claim() of the engine assigns each piece to one worker. It returns false when no piece is
+// left and the others have finished theirs, so that the next step can rely on the whole result. A
+// worker that comes late finds the pieces of a step done and goes on to the next.
 
 typedef struct {
-    int first, last; // first <= i < last
-} Range;
+    Transformer *transformer;
+    const int *tokens;
+    size_t n;      // tokens of this pass, 1..MAX_BATCH
+    size_t pos;    // position of the first
+    size_t wanted; // logits are computed for so many of the last tokens, 0..n ...
+    float *logits; // ... into [wanted][vocab_size]
+    int workers;   // of the engine
+} Pass;
 
-// A worker's share of `count` things, in whole steps of `step` of them but for the end.
-static Range share(int count, int step, int worker, int workers) {
-    int64_t steps = (count + step - 1) / step;
-    int first = (int)(steps * worker / workers) * step;
-    int last = (int)(steps * (worker + 1) / workers) * step;
-    return (Range){first, last < count ? last : count};
-}
+// Claims the next piece of a step for a worker: `piece_size` of `count` >= 1 items, or fewer at the
+// end. *piece is {0} before the first call of a step and holds the claimed piece afterwards.
+// Returns false when all pieces of the step are done.
+static bool claim(int worker, size_t count, size_t piece_size, Range *piece);
 
-// cos and sin for pair i of a head at a position: table[i][0], table[i][1]. Taken in double and
-// rounded once, so that libm's float functions, which differ between machines, don't decide the
-// bits.
-static void rope_table(float *table, const float *frequency, int head_size, int pos) {
-    for (int i = 0; i < head_size / 2; i++) {
+// Sets pass->workers, calls forward_steps(pass, worker) on each worker, and returns when all steps
+// are done.
+static void run_pass(Pass *pass);
+
+// cos and sin for pair i of a head at a position: table[i][0], table[i][1]
+static void rope_table(float *table, const float *frequency, size_t head_size, size_t pos) {
+    for (size_t i = 0; i < head_size / 2; i++) {
         float angle = (float)pos * frequency[i];
         table[2 * i] = (float)cos((double)angle);
         table[2 * i + 1] = (float)sin((double)angle);
     }
 }
 
-// Turns the pairs (x[r], x[r + 1]) of a range of rows of one or more heads.
-static void rope(float *x, Range rows, const float *table, int head_size) {
-    int i = rows.first % head_size;
-    for (int r = rows.first; r < rows.last; r += 2) {
+// Rotates the pairs (x[r], x[r + 1]) of a range of rows of one or more heads.
+static void rope(float *x, Range rows, const float *table, size_t head_size) {
+    size_t i = rows.first % head_size;
+    for (size_t r = rows.first; r < rows.last; r += 2) {
         float a = x[r], b = x[r + 1], c = table[i], s = table[i + 1];
         x[r] = a * c - b * s;
         x[r + 1] = a * s + b * c;
@@ -619,265 +666,234 @@ static void rope(float *x, Range rows, const float *table, int head_size) {
 // out = weight * x / root mean square of x, for 1..NORM_ROWS rows of `size`. The sum of squares
 // goes in index order, in which each addition waits for the one before, so the rows are summed side
 // by side.
-static void rmsnorm(float *out, const float *x, const float *weight, int size, int rows) {
+static void rmsnorm(float *out, const float *x, const float *weight, size_t size, size_t rows) {
     const float *row[NORM_ROWS];
-    for (int r = 0; r < NORM_ROWS; r++) row[r] = x + (size_t)(r < rows ? r : 0) * (size_t)size;
+    for (size_t r = 0; r < NORM_ROWS; r++) row[r] = x + (r < rows ? r : 0) * size;
     float sum[NORM_ROWS] = {0};
-    for (int i = 0; i < size; i++)
-        for (int r = 0; r < NORM_ROWS; r++) sum[r] = sum[r] + row[r][i] * row[r][i];
-    for (int r = 0; r < rows; r++, out += size) {
+    for (size_t i = 0; i < size; i++)
+        for (size_t r = 0; r < NORM_ROWS; r++) sum[r] = sum[r] + row[r][i] * row[r][i];
+    for (size_t r = 0; r < rows; r++, out += size) {
         float s = 1 / sqrtf(sum[r] / (float)size + 1e-5f);
-        for (int i = 0; i < size; i++) out[i] = weight[i] * (s * row[r][i]);
+        for (size_t i = 0; i < size; i++) out[i] = weight[i] * (s * row[r][i]);
     }
 }
 
-// out[token][row] = w[row] . x[token] for a worker's share of the rows
-static void mat_mul(const Pass *pass, float *out, const QuantizedTensor *w, Range rows,
-                    const Activations *x, int n) {
-    const Kernels *kernels = pass->transformer->kernels;
-    if (n == 1) kernels->mat_vec_mul(out, w, rows.first, rows.last, x);
-    else kernels->mat_mat_mul(out, w, rows.first, rows.last, x, n);
-}
+// What a matrix is multiplied by: n tokens of `width` values, and these quantized.
+typedef struct {
+    const float *x;      // [n][width]
+    const float *weight; // [width] of the rmsnorm in front of the matrix, or NULL
+    size_t width, n;
+    bool quantized;
+    QuantizedActivations q;
+} MatrixInput;
 
-// The same, added to the residual stream.
-static void mat_mul_add(const Pass *pass, float *x, const QuantizedTensor *w, Range rows,
-                        const Activations *activations, int n) {
-    float *out = pass->transformer->state.xb2;
-    mat_mul(pass, out, w, rows, activations, n);
-    for (int token = 0; token < n; token++)
-        for (int r = rows.first; r < rows.last; r++) {
-            size_t i = (size_t)token * (size_t)w->rows + (size_t)r;
-            x[i] = x[i] + out[i];
-        }
-}
-
-// Quantizes x[n][width] for the next matrix, normalized before if there is a weight. Several tokens
-// are shared out, and the workers meet. A single one everybody does for himself: that takes no
-// longer than to let one do it, and nobody has to wait.
-static Activations activate(const Pass *pass, const float *x, const float *weight, int width, int n,
-                            int worker, int workers) {
+// Normalizes and quantizes some of the tokens.
+static void quantize_tokens(const Pass *pass, int worker, MatrixInput *in, Range tokens) {
     Transformer *t = pass->transformer;
-    Activations out = n == 1 ? t->state.own[worker] : t->state.shared;
-    out.width = width;
-    Range mine = n == 1 ? (Range){0, 1} : share(n, 1, worker, workers);
-    for (int first = mine.first; first < mine.last; first += NORM_ROWS) {
-        int rows = mine.last - first < NORM_ROWS ? mine.last - first : NORM_ROWS;
-        const float *values = x + (size_t)first * (size_t)width;
-        if (weight) {
-            rmsnorm(t->state.normed[worker], values, weight, width, rows);
+    for (size_t first = tokens.first; first < tokens.last; first += NORM_ROWS) {
+        size_t rows = min_size(tokens.last - first, NORM_ROWS);
+        const float *values = in->x + first * in->width;
+        if (in->weight) {
+            rmsnorm(t->state.normed[worker], values, in->weight, in->width, rows);
             values = t->state.normed[worker];
         }
-        for (int r = 0; r < rows; r++)
-            t->kernels->quantize(&out, first + r, values + (size_t)r * (size_t)width);
+        for (size_t r = 0; r < rows; r++)
+            t->kernels->quantize(&in->q, first + r, values + r * in->width);
     }
-    if (n > 1) meet(worker, workers);
-    return out;
 }
 
-// Moves a share of the new keys and values, rows [first, last) of kv_dim, into the caches.
-static void store_keys_and_values(const Pass *pass, int layer, Range rows) {
+// Prepares the input of a matrix. To quantize several tokens is a step of its own. A single token
+// each worker quantizes for itself, in mat_mul(), once it has claimed rows: that is cheaper than to
+// wait for another worker, and a late worker must not read x any more.
+static MatrixInput quantize_input(const Pass *pass, int worker, const float *x, const float *weight,
+                                  size_t width, size_t n) {
+    State *s = &pass->transformer->state;
+    MatrixInput in = {.x = x, .weight = weight, .width = width, .n = n, .quantized = n > 1};
+    in.q = n > 1 ? s->shared : s->own[worker];
+    in.q.width = width;
+    if (n > 1)
+        for (Range tokens = {0}; claim(worker, n, NORM_ROWS, &tokens);)
+            quantize_tokens(pass, worker, &in, tokens);
+    return in;
+}
+
+// out[token][row] = w[row] . x[token] for the claimed rows
+static void mat_mul(const Pass *pass, int worker, float *out, const QuantizedTensor *w, Range rows,
+                    MatrixInput *in) {
+    const Kernels *kernels = pass->transformer->kernels;
+    if (!in->quantized) {
+        quantize_tokens(pass, worker, in, (Range){0, 1});
+        in->quantized = true;
+    }
+    if (in->n == 1) kernels->mat_vec_mul(out, w, rows, &in->q);
+    else kernels->mat_mat_mul(out, w, rows, &in->q, in->n);
+}
+
+// A step: x[token][row] = x[token][row] + w[row] . input[token], the end of a block.
+static void add_to_residual(const Pass *pass, int worker, const QuantizedTensor *w,
+                            MatrixInput *in) {
+    float *x = pass->transformer->state.x, *out = pass->transformer->state.xb2;
+    for (Range rows = {0}; claim(worker, w->rows, ROWS_PER_PIECE, &rows);) {
+        mat_mul(pass, worker, out, w, rows, in);
+        for (size_t token = 0; token < in->n; token++)
+            for (size_t i = token * w->rows + rows.first; i < token * w->rows + rows.last; i++)
+                x[i] = x[i] + out[i];
+    }
+}
+
+// Moves the keys and values among the rows of wqkv into the KV cache.
+static void store_keys_and_values(const Pass *pass, size_t layer, Range rows) {
     const Config *c = &pass->transformer->config;
     const State *s = &pass->transformer->state;
-    for (int token = 0; token < pass->n; token++) {
-        int time = pass->pos + token, step = time % CHUNK;
-        const float *k = s->k + (size_t)token * (size_t)c->kv_dim;
-        const float *v = s->v + (size_t)token * (size_t)c->kv_dim;
-        for (int r = rows.first; r < rows.last;) {
-            int i = r % c->head_size; // rows of one head
-            Chunk chunk = chunk_of(s, c, layer, r / c->head_size, time);
-            float *key = chunk.keys + step / TIME_BLOCK * TIME_BLOCK * c->head_size;
-            float *value = chunk.values + step * c->head_size;
-            for (; i < c->head_size && r < rows.last; i++, r++) {
-                key[i * TIME_BLOCK + step % TIME_BLOCK] = k[r];
-                value[i] = v[r];
-            }
+    size_t head_size = c->head_size, n_heads = c->n_heads, n_kv_heads = c->n_kv_heads;
+    for (size_t token = 0; token < pass->n; token++) {
+        size_t position = pass->pos + token, in_chunk = position % CHUNK, end;
+        const float *qkv = s->qkv + token * (c->dim + 2 * c->kv_dim);
+        for (size_t r = rows.first; r < rows.last; r = end) {
+            size_t head = r / head_size, i = r % head_size; // query, key and value heads
+            end = min_size((head + 1) * head_size, rows.last);
+            if (head < n_heads) continue;
+            KvChunk chunk = kv_chunk(s, c, layer, (head - n_heads) % n_kv_heads, position);
+            float *key = chunk.keys + in_chunk / KEY_BLOCK * KEY_BLOCK * head_size;
+            float *value = chunk.values + in_chunk * head_size;
+            bool is_key = head < n_heads + n_kv_heads;
+            for (; r < end; r++, i++)
+                if (is_key) key[i * KEY_BLOCK + in_chunk % KEY_BLOCK] = qkv[r];
+                else value[i] = qkv[r];
         }
     }
 }
 
-// So many heads from `head` on, which is before `last`, share a kv_head.
-static int heads_together(const Config *c, int head, int last) {
-    int sharing = c->n_heads / c->n_kv_heads, end = head - head % sharing + sharing;
-    return (end < last ? end : last) - head;
-}
-
-// Attention of a range of heads for one token: scores against all keys so far, softmax, the
-// weighted sum of the values.
-static void multi_head_attn(const Pass *pass, int layer, int token, Range heads, float *att) {
+// Attention of a range of query heads for one token: scores against all keys so far, softmax, the
+// weighted sum of the values. Grouped-query attention: n_heads / n_kv_heads query heads share the
+// keys and values of a KV head, and go over them together.
+static void multi_head_attn(const Pass *pass, size_t layer, size_t token, Range heads, float *att) {
     const Config *c = &pass->transformer->config;
     const State *s = &pass->transformer->state;
     const Kernels *kernels = pass->transformer->kernels;
-    const float *q = s->q + (size_t)token * (size_t)c->dim;
-    float *out = s->xb + (size_t)token * (size_t)c->dim;
-    int times = pass->pos + token + 1, sharing = c->n_heads / c->n_kv_heads;
-    for (int t = 0; t < times; t += CHUNK)
-        for (int head = heads.first, count; head < heads.last; head += count) {
-            Chunk chunk = chunk_of(s, c, layer, head / sharing, t);
-            count = heads_together(c, head, heads.last);
-            kernels->score(att + (size_t)head * s->times + t, s->times, q + head * c->head_size,
-                           count, c->head_size, chunk.keys, times - t < CHUNK ? times - t : CHUNK);
+    size_t head_size = c->head_size, heads_per_kv_head = c->n_heads / c->n_kv_heads;
+    size_t stride = s->max_kv_len, kv_len = pass->pos + token + 1, end;
+    const float *q = s->qkv + token * (c->dim + 2 * c->kv_dim);
+    float *out = s->xb + token * c->dim;
+
+    for (size_t t = 0; t < kv_len; t += CHUNK)
+        for (size_t head = heads.first; head < heads.last; head = end) {
+            size_t kv_head = head / heads_per_kv_head;
+            end = min_size((kv_head + 1) * heads_per_kv_head, heads.last);
+            kernels->score(att + head * stride + t, stride, q + head * head_size, end - head,
+                           head_size, kv_chunk(s, c, layer, kv_head, t).keys,
+                           min_size(kv_len - t, CHUNK));
         }
-    int all = heads.last - heads.first;
-    kernels->softmax(att + (size_t)heads.first * s->times, s->times, all, times);
-    memset(out + heads.first * c->head_size, 0, (size_t)(all * c->head_size) * sizeof(float));
-    for (int t = 0; t < times; t += CHUNK)
-        for (int head = heads.first, count; head < heads.last; head += count) {
-            Chunk chunk = chunk_of(s, c, layer, head / sharing, t);
-            count = heads_together(c, head, heads.last);
-            kernels->mix(out + head * c->head_size, att + (size_t)head * s->times + t, s->times,
-                         count, c->head_size, chunk.values, times - t < CHUNK ? times - t : CHUNK);
+    kernels->softmax(att + heads.first * stride, stride, heads.last - heads.first, kv_len);
+    for (size_t i = heads.first * head_size; i < heads.last * head_size; i++) out[i] = 0;
+    for (size_t t = 0; t < kv_len; t += CHUNK)
+        for (size_t head = heads.first; head < heads.last; head = end) {
+            size_t kv_head = head / heads_per_kv_head;
+            end = min_size((kv_head + 1) * heads_per_kv_head, heads.last);
+            kernels->mix(out + head * head_size, att + head * stride + t, stride, end - head,
+                         head_size, kv_chunk(s, c, layer, kv_head, t).values,
+                         min_size(kv_len - t, CHUNK));
         }
 }
 
-// Unmaps the pages of the file that hold these bytes; who reads them again gets them again.
-static void let_go(const void *bytes, size_t size) {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), start = (uintptr_t)bytes / page * page;
-    madvise((void *)start, (uintptr_t)bytes + size - start, MADV_DONTNEED);
-}
-
-// Gives all panels their places. What a worker reads lies together, in the order of a pass, so that
-// it never has to begin a new run. It has two runs, to which its rows of panels go in turn: two
-// streams side by side are read some 5% faster than one.
-static void place_panels(Transformer *t, int workers) {
-    Panel *next = t->panels;
-    QuantizedTensor *w;
-    for (int worker = 0; worker < workers; worker++)
-        for (int run = 0; run < 2; run++)
-            for (int i = 0; (w = matrix_number(t, i)); i++) {
-                Range rows = share(w->rows, PANEL_ROWS, worker, workers);
-                int row = rows.first + run * PANEL_ROWS;
-                for (; row < rows.last; row += 2 * PANEL_ROWS, next += w->cols / GROUP)
-                    w->panels[row / PANEL_ROWS] = next;
-            }
-}
-
-// A worker's share of putting the weights into panels: rows of the large matrices at the end, which
-// come first, and whole layers. It lets go of the file's pages matrix by matrix, so that hardly any
-// weights are in the process's memory twice. (If each took rows of all matrices, they would map for
-// each other what lies around the ends of their shares, again and again.)
-static void pack_share(const Pass *pass, int worker, int workers) {
-    Transformer *t = pass->transformer;
-    if (worker == 0) place_panels(t, workers);
-    meet(worker, workers);
-    int count = 0;
-    while (matrix_number(t, count)) count++;
-    for (int i = count - 1; i >= 0; i--) {
-        QuantizedTensor *w = matrix_number(t, i);
-        int layer = i / LAYER_MATRICES;
-        if (layer < t->config.n_layers && layer % workers != worker) continue;
-        Range rows = {0, w->rows};
-        if (layer == t->config.n_layers) rows = share(w->rows, PANEL_ROWS, worker, workers);
-        pack_rows(w, rows.first, rows.last);
-        size_t first = (size_t)rows.first * (size_t)w->cols;
-        size_t size = (size_t)rows.last * (size_t)w->cols - first;
-        let_go(w->q + first, size);
-        let_go(w->s + first / GROUP, size / GROUP * sizeof(float));
-    }
-}
-
-// A row of the embedding as floats.
-static void embed(float *x, const QuantizedTensor *w, int row) {
-    const Panel *panel = w->panels[row / PANEL_ROWS];
-    int lane = row % PANEL_ROWS;
-    for (int i = 0; i < w->cols; i++) {
+// x[i] = row `token` of the embedding as floats
+static void embed(float *x, const QuantizedTensor *w, size_t token) {
+    const Panel *panel = panels_of(w, token);
+    size_t lane = token % PANEL_ROWS;
+    for (size_t i = 0; i < w->cols; i++) {
         const Panel *group = &panel[i / GROUP];
         x[i] = (float)group->q[i % GROUP / 4][lane][i % 4] * group->s[lane];
     }
 }
 
-// A worker's share of a pass. For a single token the rows of the matrices and the heads are shared
-// out; for several, the tokens are, where a step treats each by itself.
-static void compute_share(const Pass *pass, int worker, int workers) {
+// One layer's attention block: x = x + wo . attention(wqkv . rmsnorm(x))
+static void attention_block(const Pass *pass, int worker, size_t layer) {
     Transformer *t = pass->transformer;
     const Config *c = &t->config;
+    const Layer *l = &t->weights.layers[layer];
+    State *s = &t->state;
+    size_t dim = c->dim, head_size = c->head_size, n = pass->n, rope_rows = dim + c->kv_dim;
+
+    MatrixInput in = quantize_input(pass, worker, s->x, l->rms_att_weight, dim, n);
+    for (Range rows = {0}; claim(worker, l->wqkv.rows, ROWS_PER_PIECE, &rows);) {
+        mat_mul(pass, worker, s->qkv, &l->wqkv, rows, &in);
+        for (size_t token = 0; token < n; token++)
+            rope(s->qkv + token * l->wqkv.rows, (Range){rows.first, min_size(rows.last, rope_rows)},
+                 s->rope + token * head_size, head_size);
+        store_keys_and_values(pass, layer, rows);
+    }
+
+    // The heads of a single token are divided among the workers in as few pieces as possible, as
+    // query heads that share keys should stay together. Several tokens are claimed one by one.
+    size_t heads = ((size_t)c->n_heads + pass->workers - 1) / pass->workers;
+    if (n == 1)
+        for (Range piece = {0}; claim(worker, c->n_heads, heads, &piece);)
+            multi_head_attn(pass, layer, 0, piece, s->att[worker]);
+    else
+        for (Range tokens = {0}; claim(worker, n, 1, &tokens);)
+            for (size_t token = tokens.first; token < tokens.last; token++)
+                multi_head_attn(pass, layer, token, (Range){0, c->n_heads}, s->att[worker]);
+
+    in = quantize_input(pass, worker, s->xb, NULL, dim, n);
+    add_to_residual(pass, worker, &l->wo, &in);
+}
+
+// One layer's feed-forward block: x = x + w2 . swiglu(w13 . rmsnorm(x))
+static void feed_forward_block(const Pass *pass, int worker, size_t layer) {
+    Transformer *t = pass->transformer;
+    const Layer *l = &t->weights.layers[layer];
+    State *s = &t->state;
+    size_t dim = t->config.dim, hidden_dim = t->config.hidden_dim, n = pass->n;
+
+    MatrixInput in = quantize_input(pass, worker, s->x, l->rms_ffn_weight, dim, n);
+    for (Range rows = {0}; claim(worker, l->w13.rows, ROWS_PER_PIECE, &rows);) {
+        mat_mul(pass, worker, s->gate_up, &l->w13, rows, &in);
+        for (size_t token = 0; token < n; token++)
+            for (size_t r = rows.first; r < rows.last; r += 2 * PANEL_ROWS) {
+                const float *gate = s->gate_up + token * 2 * hidden_dim + r;
+                t->kernels->swiglu(s->hb + token * hidden_dim + r / 2, gate, gate + PANEL_ROWS,
+                                   PANEL_ROWS);
+            }
+    }
+    in = quantize_input(pass, worker, s->hb, NULL, hidden_dim, n);
+    add_to_residual(pass, worker, &l->w2, &in);
+}
+
+// Takes a worker through all steps of a pass.
+static void forward_steps(const Pass *pass, int worker) {
+    Transformer *t = pass->transformer;
     const Weights *w = &t->weights;
     State *s = &t->state;
-    int n = pass->n;
-    size_t dim = (size_t)c->dim, hidden_dim = (size_t)c->hidden_dim, kv_dim = (size_t)c->kv_dim;
-    size_t head_size = (size_t)c->head_size;
-    Range dim_rows = share(c->dim, PANEL_ROWS, worker, workers);
-    Range kv_rows = share(c->kv_dim, PANEL_ROWS, worker, workers);
-    Range hidden_rows = share(c->hidden_dim, PANEL_ROWS, worker, workers);
+    size_t dim = t->config.dim, head_size = t->config.head_size;
 
-    for (int token = worker; token < n; token += workers) {
-        embed(s->x + (size_t)token * dim, &w->embedding, pass->tokens[token]);
-        rope_table(s->rope + (size_t)token * head_size, s->frequency, c->head_size,
-                   pass->pos + token);
-    }
-    meet(worker, workers);
-
-    for (int layer = 0; layer < c->n_layers; layer++) {
-        const Layer *l = &w->layers[layer];
-
-        // queries, keys and values
-        Activations in = activate(pass, s->x, l->rms_att_weight, c->dim, n, worker, workers);
-        mat_mul(pass, s->q, &l->wq, dim_rows, &in, n);
-        mat_mul(pass, s->k, &l->wk, kv_rows, &in, n);
-        mat_mul(pass, s->v, &l->wv, kv_rows, &in, n);
-        for (int token = 0; token < n; token++) {
-            const float *table = s->rope + (size_t)token * head_size;
-            rope(s->q + (size_t)token * dim, dim_rows, table, c->head_size);
-            rope(s->k + (size_t)token * kv_dim, kv_rows, table, c->head_size);
+    for (Range tokens = {0}; claim(worker, pass->n, 1, &tokens);)
+        for (size_t token = tokens.first; token < tokens.last; token++) {
+            embed(s->x + token * dim, &w->embedding, pass->tokens[token]);
+            rope_table(s->rope + token * head_size, s->frequency, head_size, pass->pos + token);
         }
-        store_keys_and_values(pass, layer, kv_rows);
-        meet(worker, workers);
-
-        // attention; later tokens look at more of the past, so the tokens are dealt out in turn
-        if (n == 1)
-            multi_head_attn(pass, layer, 0, share(c->n_heads, 1, worker, workers), s->att[worker]);
-        for (int token = worker; n > 1 && token < n; token += workers)
-            multi_head_attn(pass, layer, token, (Range){0, c->n_heads}, s->att[worker]);
-        meet(worker, workers);
-        in = activate(pass, s->xb, NULL, c->dim, n, worker, workers);
-        mat_mul_add(pass, s->x, &l->wo, dim_rows, &in, n);
-        meet(worker, workers);
-
-        // feed forward
-        in = activate(pass, s->x, l->rms_ffn_weight, c->dim, n, worker, workers);
-        mat_mul(pass, s->hb, &l->w1, hidden_rows, &in, n);
-        mat_mul(pass, s->hb2, &l->w3, hidden_rows, &in, n);
-        for (int token = 0; token < n; token++) {
-            size_t at = (size_t)token * hidden_dim + (size_t)hidden_rows.first;
-            t->kernels->swiglu(s->hb + at, s->hb2 + at, hidden_rows.last - hidden_rows.first);
-        }
-        meet(worker, workers);
-        in = activate(pass, s->hb, NULL, c->hidden_dim, n, worker, workers);
-        mat_mul_add(pass, s->x, &l->w2, dim_rows, &in, n);
-        meet(worker, workers);
+    for (size_t layer = 0; layer < (size_t)t->config.n_layers; layer++) {
+        attention_block(pass, worker, layer);
+        feed_forward_block(pass, worker, layer);
     }
-
-    // logits of the tokens for which they are wanted, the last ones
     if (pass->wanted == 0) return;
-    const float *x = s->x + (size_t)(n - pass->wanted) * dim;
-    Activations in = activate(pass, x, w->rms_final_weight, c->dim, pass->wanted, worker, workers);
-    mat_mul(pass, pass->logits, w->classifier, share(c->vocab_size, PANEL_ROWS, worker, workers),
-            &in, pass->wanted);
+    MatrixInput in = quantize_input(pass, worker, s->x + (pass->n - pass->wanted) * dim,
+                                    w->rms_final_weight, dim, pass->wanted);
+    for (Range rows = {0}; claim(worker, w->classifier->rows, ROWS_PER_PIECE, &rows);)
+        mat_mul(pass, worker, pass->logits, w->classifier, rows, &in);
 }
 
-// Puts the weights into panels, if that has not been done. It takes as long as some ten tokens, or
-// several times that if the kernel has to look for memory, so an engine does it while the user
-// types; else the first pass does.
-static void pack_weights(Transformer *t) {
-    if (t->packed) return;
-    run_pass(&(Pass){.work = pack_share, .transformer = t});
-    let_go(t->file, t->file_size); // what the kernel has mapped around the edges
-    t->packed = true;
-}
-
-// Takes n >= 1 tokens at positions pos.. (pos + n <= seq_len), which continue what was computed for
-// the positions before. Returns [wanted][vocab_size] logits of the last `wanted` tokens (0..n, at
-// most MAX_BATCH), which hold until the next call.
+// Computes n >= 1 tokens at positions pos.. (pos + n <= seq_len), which continue what was computed
+// for the positions before. Returns [wanted][vocab_size] logits of the last `wanted` tokens (0..n,
+// at most MAX_BATCH), which hold until the next call.
 static float *forward_logits(Transformer *t, const int *tokens, int n, int pos, int wanted) {
-    pack_weights(t);
     int first_wanted = n - wanted;
     for (int done = 0; done < n; done += MAX_BATCH) {
-        Pass pass = {
-            .work = compute_share, .transformer = t, .tokens = tokens + done, .pos = pos + done};
-        pass.n = n - done < MAX_BATCH ? n - done : MAX_BATCH;
+        int count = n - done < MAX_BATCH ? n - done : MAX_BATCH;
         int skipped = first_wanted > done ? first_wanted - done : 0; // tokens without logits
-        pass.wanted = pass.n > skipped ? pass.n - skipped : 0;
-        pass.logits = t->state.logits +
-                      (size_t)(done + skipped - first_wanted) * (size_t)t->config.vocab_size;
+        Pass pass = {.transformer = t, .tokens = tokens + done, .n = count, .pos = pos + done};
+        pass.wanted = count > skipped ? count - skipped : 0;
+        pass.logits =
+            t->state.logits + (size_t)(done + skipped - first_wanted) * t->config.vocab_size;
         run_pass(&pass);
     }
     return t->state.logits;
@@ -898,6 +914,7 @@ static float *forward(Transformer *t, const int *tokens, int n, int pos) {
 // pair of neighbours whose union is the token with the highest score, the leftmost of equals.
 
 #define MAX_TOKENIZER_SIZE (64 << 20) // bytes; SmolLM's has 0.7 MB
+#define MAX_PROBES 16                 // of the hash table for a token, on average
 
 typedef struct {
     float score;
@@ -955,77 +972,8 @@ static Item pop(Item *heap, int *count) {
     return top;
 }
 
-// clang-format off
-// Unicode 15.1.0, printed by tests/make_unicode.py: pairs of gap and length
-static const uint16_t letter_ranges[] = {
-    65, 26, 6, 26, 47, 1, 10, 1, 4, 1, 5, 23, 1, 31, 1, 458, 4, 12, 14, 5, 7, 1, 1, 1, 129, 5, 1, 2,
-    2, 4, 1, 1, 6, 1, 1, 3, 1, 1, 1, 20, 1, 83, 1, 139, 8, 166, 1, 38, 2, 1, 6, 41, 71, 27, 4, 4,
-    45, 43, 35, 2, 1, 99, 1, 1, 15, 2, 7, 2, 10, 3, 2, 1, 16, 1, 1, 30, 29, 89, 11, 1, 24, 33, 9, 2,
-    4, 1, 5, 22, 4, 1, 9, 1, 3, 1, 23, 25, 7, 11, 5, 24, 1, 6, 17, 42, 58, 54, 3, 1, 18, 1, 7, 10,
-    15, 16, 4, 8, 2, 2, 2, 22, 1, 7, 1, 1, 3, 4, 3, 1, 16, 1, 13, 2, 1, 3, 14, 2, 10, 1, 8, 6, 4, 2,
-    2, 22, 1, 7, 1, 2, 1, 2, 1, 2, 31, 4, 1, 1, 19, 3, 16, 9, 1, 3, 1, 22, 1, 7, 1, 2, 1, 5, 3, 1,
-    18, 1, 15, 2, 23, 1, 11, 8, 2, 2, 2, 22, 1, 7, 1, 2, 1, 5, 3, 1, 30, 2, 1, 3, 15, 1, 17, 1, 1,
-    6, 3, 3, 1, 4, 3, 2, 1, 1, 1, 2, 3, 2, 3, 3, 3, 12, 22, 1, 52, 8, 1, 3, 1, 23, 1, 16, 3, 1, 26,
-    3, 2, 1, 2, 2, 30, 1, 4, 8, 1, 3, 1, 23, 1, 10, 1, 5, 3, 1, 31, 2, 1, 2, 15, 2, 17, 9, 1, 3, 1,
-    41, 2, 1, 16, 1, 5, 3, 8, 3, 24, 6, 5, 18, 3, 24, 1, 9, 1, 1, 2, 7, 58, 48, 1, 2, 12, 7, 58, 2,
-    1, 1, 1, 5, 1, 24, 1, 1, 1, 10, 1, 2, 9, 1, 2, 5, 1, 1, 21, 4, 32, 1, 63, 8, 1, 36, 27, 5, 115,
-    43, 20, 1, 16, 6, 4, 4, 3, 1, 3, 2, 7, 3, 4, 13, 12, 1, 17, 38, 1, 1, 5, 1, 2, 43, 1, 333, 1, 4,
-    2, 7, 1, 1, 1, 4, 2, 41, 1, 4, 2, 33, 1, 4, 2, 7, 1, 1, 1, 4, 2, 15, 1, 57, 1, 4, 2, 67, 37, 16,
-    16, 86, 2, 6, 3, 620, 2, 17, 1, 26, 5, 75, 6, 8, 7, 18, 13, 19, 14, 18, 14, 13, 1, 3, 15, 52,
-    35, 1, 4, 1, 67, 89, 7, 5, 2, 34, 1, 1, 5, 70, 10, 31, 49, 30, 2, 5, 11, 44, 4, 26, 54, 23, 9,
-    53, 82, 1, 93, 47, 17, 8, 54, 30, 13, 2, 10, 44, 26, 36, 41, 3, 10, 36, 2, 9, 7, 43, 2, 3, 41,
-    4, 1, 6, 1, 2, 3, 1, 5, 192, 64, 278, 2, 6, 2, 38, 2, 6, 2, 8, 1, 1, 1, 1, 1, 1, 1, 31, 2, 53,
-    1, 7, 1, 1, 3, 3, 1, 7, 3, 4, 2, 6, 4, 13, 5, 3, 1, 7, 116, 1, 13, 1, 16, 13, 101, 1, 4, 1, 2,
-    10, 1, 1, 3, 5, 6, 1, 1, 1, 1, 1, 1, 4, 1, 11, 2, 4, 5, 5, 4, 1, 52, 2, 2683, 229, 6, 4, 3, 2,
-    12, 38, 1, 1, 5, 1, 2, 56, 7, 1, 16, 23, 9, 7, 1, 7, 1, 7, 1, 7, 1, 7, 1, 7, 1, 7, 1, 7, 80, 1,
-    469, 2, 42, 5, 5, 2, 4, 86, 6, 3, 1, 90, 1, 4, 5, 43, 1, 94, 17, 32, 48, 16, 512, 6592, 64,
-    22157, 67, 46, 2, 269, 3, 16, 10, 2, 20, 47, 16, 31, 2, 70, 49, 9, 2, 103, 2, 64, 5, 2, 1, 1, 1,
-    5, 24, 16, 1, 3, 1, 4, 1, 23, 29, 52, 14, 50, 62, 6, 3, 1, 1, 2, 11, 28, 10, 23, 25, 29, 7, 47,
-    28, 1, 16, 5, 1, 10, 10, 5, 1, 41, 23, 3, 1, 8, 20, 23, 3, 1, 3, 50, 1, 1, 3, 2, 2, 5, 2, 1, 1,
-    1, 24, 3, 2, 11, 7, 3, 12, 6, 2, 6, 2, 6, 9, 7, 1, 7, 1, 43, 1, 14, 6, 115, 29, 11172, 12, 23,
-    4, 49, 8452, 366, 2, 106, 38, 7, 12, 5, 5, 1, 1, 10, 1, 13, 1, 5, 1, 1, 1, 2, 1, 2, 1, 108, 33,
-    363, 18, 64, 2, 54, 40, 12, 116, 5, 1, 135, 36, 26, 6, 26, 11, 89, 3, 6, 2, 6, 2, 6, 2, 3, 35,
-    12, 1, 26, 1, 19, 1, 2, 1, 15, 2, 14, 34, 123, 389, 29, 3, 49, 47, 32, 13, 20, 1, 8, 6, 38, 10,
-    30, 2, 36, 4, 8, 48, 158, 18, 36, 4, 36, 4, 40, 8, 52, 12, 11, 1, 15, 1, 7, 1, 2, 1, 11, 1, 15,
-    1, 7, 1, 2, 67, 311, 9, 22, 10, 8, 24, 6, 1, 42, 1, 9, 69, 6, 2, 1, 1, 44, 1, 2, 3, 1, 2, 23,
-    10, 23, 9, 31, 65, 19, 1, 2, 10, 22, 10, 26, 70, 56, 6, 2, 64, 1, 15, 4, 1, 3, 1, 29, 42, 29, 3,
-    29, 35, 8, 1, 28, 27, 54, 10, 22, 10, 19, 13, 18, 110, 73, 55, 51, 13, 51, 13, 36, 348, 42, 6,
-    2, 78, 29, 10, 1, 8, 22, 42, 18, 46, 21, 27, 23, 12, 53, 57, 2, 2, 1, 13, 45, 32, 25, 26, 36,
-    29, 1, 2, 1, 8, 35, 3, 1, 12, 48, 14, 4, 21, 1, 1, 1, 35, 18, 1, 25, 19, 2, 63, 7, 1, 1, 1, 4,
-    1, 15, 1, 10, 7, 47, 38, 8, 2, 2, 2, 22, 1, 7, 1, 2, 1, 5, 3, 1, 18, 1, 12, 5, 158, 53, 18, 4,
-    20, 3, 30, 48, 20, 2, 1, 1, 184, 47, 41, 4, 36, 48, 20, 1, 59, 43, 13, 1, 71, 27, 37, 7, 185,
-    44, 116, 64, 31, 8, 2, 1, 2, 8, 1, 2, 1, 24, 15, 1, 1, 1, 94, 8, 2, 39, 16, 1, 1, 1, 28, 1, 10,
-    40, 7, 1, 21, 1, 11, 46, 19, 1, 18, 73, 263, 9, 1, 37, 17, 1, 49, 30, 112, 7, 1, 2, 1, 38, 21,
-    1, 25, 6, 1, 2, 1, 32, 14, 1, 327, 19, 15, 1, 1, 13, 1, 34, 124, 1, 79, 922, 230, 196, 2636, 97,
-    15, 1072, 17, 6, 4025, 583, 8633, 569, 7, 31, 17, 79, 17, 30, 18, 48, 16, 4, 31, 21, 5, 19, 688,
-    64, 128, 75, 5, 1, 66, 13, 64, 2, 1, 1, 28, 6136, 8, 1238, 42, 9, 8935, 4, 1, 7, 1, 2, 1, 291,
-    15, 1, 29, 3, 2, 1, 14, 4, 8, 396, 2308, 107, 5, 13, 3, 9, 7, 10, 5990, 85, 1, 71, 1, 2, 2, 1,
-    2, 2, 2, 4, 1, 12, 1, 1, 1, 7, 1, 65, 1, 4, 2, 8, 1, 7, 1, 28, 1, 4, 1, 5, 1, 1, 3, 7, 1, 340,
-    2, 25, 1, 25, 1, 31, 1, 25, 1, 31, 1, 25, 1, 31, 1, 25, 1, 31, 1, 25, 1, 8, 1844, 31, 6, 6, 261,
-    62, 146, 45, 10, 7, 16, 1, 321, 30, 18, 44, 484, 28, 756, 7, 1, 4, 1, 2, 1, 15, 1, 197, 59, 68,
-    7, 1, 1204, 4, 1, 27, 1, 2, 1, 1, 2, 1, 1, 10, 1, 4, 1, 1, 1, 1, 6, 1, 4, 1, 1, 1, 1, 1, 1, 3,
-    1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 2, 4, 1, 7, 1, 4, 1, 4, 1, 1, 1, 10, 1,
-    17, 5, 3, 1, 5, 1, 17, 4420, 42720, 32, 4154, 6, 222, 2, 5762, 14, 7473, 15, 622, 2466, 542,
-    1506, 4939, 5, 4192,
-};
-static const uint16_t number_ranges[] = {
-    48, 10, 120, 2, 5, 1, 2, 3, 1441, 10, 134, 10, 198, 10, 412, 10, 118, 10, 4, 6, 108, 10, 118,
-    10, 118, 10, 2, 6, 110, 13, 115, 10, 8, 7, 103, 10, 104, 7, 7, 19, 109, 10, 96, 10, 118, 10, 70,
-    20, 268, 10, 70, 10, 719, 20, 881, 3, 239, 10, 6, 10, 22, 10, 300, 10, 128, 11, 165, 10, 6, 10,
-    182, 10, 86, 10, 134, 10, 6, 10, 1046, 1, 3, 6, 6, 10, 198, 51, 2, 5, 726, 60, 78, 22, 630, 30,
-    1385, 1, 777, 1, 25, 9, 14, 3, 343, 4, 138, 10, 30, 8, 1, 15, 32, 10, 39, 15, 29536, 10, 188,
-    10, 320, 6, 154, 10, 38, 10, 198, 10, 22, 10, 86, 10, 406, 10, 21270, 10, 493, 45, 12, 57, 17,
-    2, 341, 27, 36, 4, 29, 1, 8, 1, 134, 5, 202, 10, 942, 8, 25, 7, 39, 9, 75, 5, 22, 6, 160, 2, 2,
-    16, 2, 46, 64, 9, 52, 2, 30, 3, 75, 5, 104, 8, 24, 8, 41, 7, 330, 6, 48, 10, 294, 31, 158, 10,
-    42, 4, 112, 7, 134, 30, 128, 10, 60, 10, 144, 10, 7, 20, 251, 10, 342, 10, 118, 10, 374, 10,
-    102, 10, 102, 12, 420, 19, 93, 10, 758, 29, 227, 10, 70, 10, 422, 10, 102, 21, 1067, 111, 17905,
-    10, 86, 10, 134, 10, 1, 7, 798, 23, 25641, 20, 12, 20, 108, 25, 1109, 50, 2368, 10, 422, 10,
-    502, 10, 973, 9, 128, 10, 791, 59, 1, 3, 1, 4, 76, 45, 1, 15, 962, 13, 2787, 10,
-};
-static const uint16_t space_ranges[] = {
-    9, 5, 18, 1, 100, 1, 26, 1, 5599, 1, 2431, 11, 29, 2, 5, 1, 47, 1, 4000, 1,
-};
-// clang-format on
+// Pairs of gap and length; see section 9.
+static const uint16_t letter_ranges[1320], number_ranges[274], space_ranges[20];
 
 static void mark_class(uint8_t *class_of, uint8_t class, const uint16_t *ranges, size_t count) {
     size_t at = 0;
@@ -1117,33 +1065,36 @@ static int read_tokens(Tokenizer *t, size_t size, const char *path) {
 // with nothing left to free.
 static int build_tokenizer(Tokenizer *t, const char *path, int vocab_size) {
     *t = (Tokenizer){.vocab_size = vocab_size};
-    size_t size;
-    int fd = open_model_file(path, &size);
-    if (fd < 0) return -1;
-    if (size > MAX_TOKENIZER_SIZE) {
-        close(fd);
-        return refuse_file(path, "too long (%zu bytes) for a tokenizer", size);
+    ModelFile file;
+    if (open_model_file(&file, path) < 0) return -1;
+    if (file.size > MAX_TOKENIZER_SIZE) {
+        refuse_file(path, "too long (%zu bytes) for a tokenizer", file.size);
+        goto failed;
     }
     for (t->table_size = 2; t->table_size < 2 * (uint32_t)vocab_size;) t->table_size *= 2;
-    t->file = malloc(size + 1);
+    t->file = malloc(file.size + 1);
     t->tokens = calloc((size_t)vocab_size, sizeof(Token));
     t->table = malloc(t->table_size * sizeof(int32_t));
     t->class_of = calloc(UNICODE_END, 1);
-    bool complete = t->file && read(fd, t->file, size) == (ssize_t)size;
-    close(fd);
     if (!t->file || !t->tokens || !t->table || !t->class_of) {
-        lack_memory(path, "its tokens", size);
+        refuse_for_memory(path, "its tokens", file.size);
         goto failed;
     }
-    if (!complete) {
-        refuse_file(path, "cannot be read whole");
-        goto failed;
-    }
-    if (read_tokens(t, size, path) < 0) goto failed;
+    read_bytes(&file, t->file, file.size);
+    if (file.failed || read_tokens(t, file.size, path) < 0) goto failed;
 
+    // A file can be made so that its tokens collide in the hash table, which would take hours.
+    size_t probes = 0;
     memset(t->table, -1, t->table_size * sizeof(int32_t));
     for (int id = 0; id < vocab_size; id++) {
-        int32_t *slot = find_slot(t, t->tokens[id].bytes, (size_t)t->tokens[id].length);
+        const Token *token = &t->tokens[id];
+        int32_t *slot = find_slot(t, token->bytes, (size_t)token->length);
+        uint32_t home = hash_bytes(token->bytes, (size_t)token->length);
+        probes += ((uint32_t)(slot - t->table) - home) & (t->table_size - 1);
+        if (probes > MAX_PROBES * (size_t)vocab_size) {
+            refuse_file(path, "its tokens collide in the hash table: it was made to be slow");
+            goto failed;
+        }
         if (*slot < 0) *slot = id;
     }
     mark_class(t->class_of, LETTER, letter_ranges, sizeof(letter_ranges) / sizeof(uint16_t));
@@ -1151,8 +1102,10 @@ static int build_tokenizer(Tokenizer *t, const char *path, int vocab_size) {
     mark_class(t->class_of, SPACE, space_ranges, sizeof(space_ranges) / sizeof(uint16_t));
     t->im_start = find_token(t, "<|im_start|>", 12);
     t->im_end = find_token(t, "<|im_end|>", 10);
+    fclose(file.stream);
     return 0;
 failed:
+    fclose(file.stream);
     free_tokenizer(t);
     return -1;
 }
@@ -1300,12 +1253,10 @@ static int build_sampler(Sampler *s, int vocab_size, float temperature, float to
                    .temperature = temperature,
                    .top_p = top_p,
                    .rng_state = seed,
-                   .kernels = choose_kernels()};
+                   .kernels = &kernels_portable};
     s->candidates = malloc((size_t)vocab_size * sizeof(Item));
-    if (s->candidates && s->kernels) return 0;
-    if (s->kernels) report_error("There is not enough memory for a vocabulary of %d.", vocab_size);
-    free(s->candidates);
-    s->candidates = NULL;
+    if (s->candidates) return 0;
+    report_error("There is not enough memory for a vocabulary of %d.", vocab_size);
     return -1;
 }
 
@@ -1453,6 +1404,7 @@ static int build_session(Session *s, const Settings *settings) {
     if (build_sampler(&s->sampler, c->vocab_size, settings->temperature, settings->top_p,
                       settings->seed) < 0)
         goto failed;
+    s->sampler.kernels = s->transformer.kernels;
     s->ids = malloc((size_t)c->seq_len * sizeof(int));
     s->turns = malloc((size_t)c->seq_len * sizeof(int));
     if (s->ids && s->turns) return 0;
@@ -1461,9 +1413,6 @@ failed:
     free_session(s);
     return -1;
 }
-
-// Nothing but the weights has to be prepared; for a second time this returns at once.
-static void prepare(Session *s) { pack_weights(&s->transformer); }
 
 // The ids of a turn up to where the reply begins. ids has room for length + 64. Returns their
 // number, or -1.
@@ -1562,6 +1511,94 @@ static int generate(Session *s, const char *prompt, size_t length) {
     return flush_output();
 }
 
+// ------------------------------------------------------------------------------------------------
+// 9  Tables
+
+// bits(2^(i/32), correctly rounded) - (i << 47): adding k << 47 for k = 32 * n + i gives 2^(k/32).
+// The table of glibc's expf (sysdeps/ieee754/flt-32/e_exp2f_data.c).
+static const uint64_t exp_table[32] = {
+    0x3ff0000000000000, 0x3fefd9b0d3158574, 0x3fefb5586cf9890f, 0x3fef9301d0125b51,
+    0x3fef72b83c7d517b, 0x3fef54873168b9aa, 0x3fef387a6e756238, 0x3fef1e9df51fdee1,
+    0x3fef06fe0a31b715, 0x3feef1a7373aa9cb, 0x3feedea64c123422, 0x3feece086061892d,
+    0x3feebfdad5362a27, 0x3feeb42b569d4f82, 0x3feeab07dd485429, 0x3feea47eb03a5585,
+    0x3feea09e667f3bcd, 0x3fee9f75e8ec5f74, 0x3feea11473eb0187, 0x3feea589994cce13,
+    0x3feeace5422aa0db, 0x3feeb737b0cdc5e5, 0x3feec49182a3f090, 0x3feed503b23e255d,
+    0x3feee89f995ad3ad, 0x3feeff76f2fb5e47, 0x3fef199bdd85529c, 0x3fef3720dcef9069,
+    0x3fef5818dcfba487, 0x3fef7c97337b9b5f, 0x3fefa4afa2a490da, 0x3fefd0765b6e4540,
+};
+
+// clang-format off
+// Unicode 15.1.0, printed by tests/make_unicode.py: pairs of gap and length
+static const uint16_t letter_ranges[1320] = {
+    65, 26, 6, 26, 47, 1, 10, 1, 4, 1, 5, 23, 1, 31, 1, 458, 4, 12, 14, 5, 7, 1, 1, 1, 129, 5, 1, 2,
+    2, 4, 1, 1, 6, 1, 1, 3, 1, 1, 1, 20, 1, 83, 1, 139, 8, 166, 1, 38, 2, 1, 6, 41, 71, 27, 4, 4,
+    45, 43, 35, 2, 1, 99, 1, 1, 15, 2, 7, 2, 10, 3, 2, 1, 16, 1, 1, 30, 29, 89, 11, 1, 24, 33, 9, 2,
+    4, 1, 5, 22, 4, 1, 9, 1, 3, 1, 23, 25, 7, 11, 5, 24, 1, 6, 17, 42, 58, 54, 3, 1, 18, 1, 7, 10,
+    15, 16, 4, 8, 2, 2, 2, 22, 1, 7, 1, 1, 3, 4, 3, 1, 16, 1, 13, 2, 1, 3, 14, 2, 10, 1, 8, 6, 4, 2,
+    2, 22, 1, 7, 1, 2, 1, 2, 1, 2, 31, 4, 1, 1, 19, 3, 16, 9, 1, 3, 1, 22, 1, 7, 1, 2, 1, 5, 3, 1,
+    18, 1, 15, 2, 23, 1, 11, 8, 2, 2, 2, 22, 1, 7, 1, 2, 1, 5, 3, 1, 30, 2, 1, 3, 15, 1, 17, 1, 1,
+    6, 3, 3, 1, 4, 3, 2, 1, 1, 1, 2, 3, 2, 3, 3, 3, 12, 22, 1, 52, 8, 1, 3, 1, 23, 1, 16, 3, 1, 26,
+    3, 2, 1, 2, 2, 30, 1, 4, 8, 1, 3, 1, 23, 1, 10, 1, 5, 3, 1, 31, 2, 1, 2, 15, 2, 17, 9, 1, 3, 1,
+    41, 2, 1, 16, 1, 5, 3, 8, 3, 24, 6, 5, 18, 3, 24, 1, 9, 1, 1, 2, 7, 58, 48, 1, 2, 12, 7, 58, 2,
+    1, 1, 1, 5, 1, 24, 1, 1, 1, 10, 1, 2, 9, 1, 2, 5, 1, 1, 21, 4, 32, 1, 63, 8, 1, 36, 27, 5, 115,
+    43, 20, 1, 16, 6, 4, 4, 3, 1, 3, 2, 7, 3, 4, 13, 12, 1, 17, 38, 1, 1, 5, 1, 2, 43, 1, 333, 1, 4,
+    2, 7, 1, 1, 1, 4, 2, 41, 1, 4, 2, 33, 1, 4, 2, 7, 1, 1, 1, 4, 2, 15, 1, 57, 1, 4, 2, 67, 37, 16,
+    16, 86, 2, 6, 3, 620, 2, 17, 1, 26, 5, 75, 6, 8, 7, 18, 13, 19, 14, 18, 14, 13, 1, 3, 15, 52,
+    35, 1, 4, 1, 67, 89, 7, 5, 2, 34, 1, 1, 5, 70, 10, 31, 49, 30, 2, 5, 11, 44, 4, 26, 54, 23, 9,
+    53, 82, 1, 93, 47, 17, 8, 54, 30, 13, 2, 10, 44, 26, 36, 41, 3, 10, 36, 2, 9, 7, 43, 2, 3, 41,
+    4, 1, 6, 1, 2, 3, 1, 5, 192, 64, 278, 2, 6, 2, 38, 2, 6, 2, 8, 1, 1, 1, 1, 1, 1, 1, 31, 2, 53,
+    1, 7, 1, 1, 3, 3, 1, 7, 3, 4, 2, 6, 4, 13, 5, 3, 1, 7, 116, 1, 13, 1, 16, 13, 101, 1, 4, 1, 2,
+    10, 1, 1, 3, 5, 6, 1, 1, 1, 1, 1, 1, 4, 1, 11, 2, 4, 5, 5, 4, 1, 52, 2, 2683, 229, 6, 4, 3, 2,
+    12, 38, 1, 1, 5, 1, 2, 56, 7, 1, 16, 23, 9, 7, 1, 7, 1, 7, 1, 7, 1, 7, 1, 7, 1, 7, 1, 7, 80, 1,
+    469, 2, 42, 5, 5, 2, 4, 86, 6, 3, 1, 90, 1, 4, 5, 43, 1, 94, 17, 32, 48, 16, 512, 6592, 64,
+    22157, 67, 46, 2, 269, 3, 16, 10, 2, 20, 47, 16, 31, 2, 70, 49, 9, 2, 103, 2, 64, 5, 2, 1, 1, 1,
+    5, 24, 16, 1, 3, 1, 4, 1, 23, 29, 52, 14, 50, 62, 6, 3, 1, 1, 2, 11, 28, 10, 23, 25, 29, 7, 47,
+    28, 1, 16, 5, 1, 10, 10, 5, 1, 41, 23, 3, 1, 8, 20, 23, 3, 1, 3, 50, 1, 1, 3, 2, 2, 5, 2, 1, 1,
+    1, 24, 3, 2, 11, 7, 3, 12, 6, 2, 6, 2, 6, 9, 7, 1, 7, 1, 43, 1, 14, 6, 115, 29, 11172, 12, 23,
+    4, 49, 8452, 366, 2, 106, 38, 7, 12, 5, 5, 1, 1, 10, 1, 13, 1, 5, 1, 1, 1, 2, 1, 2, 1, 108, 33,
+    363, 18, 64, 2, 54, 40, 12, 116, 5, 1, 135, 36, 26, 6, 26, 11, 89, 3, 6, 2, 6, 2, 6, 2, 3, 35,
+    12, 1, 26, 1, 19, 1, 2, 1, 15, 2, 14, 34, 123, 389, 29, 3, 49, 47, 32, 13, 20, 1, 8, 6, 38, 10,
+    30, 2, 36, 4, 8, 48, 158, 18, 36, 4, 36, 4, 40, 8, 52, 12, 11, 1, 15, 1, 7, 1, 2, 1, 11, 1, 15,
+    1, 7, 1, 2, 67, 311, 9, 22, 10, 8, 24, 6, 1, 42, 1, 9, 69, 6, 2, 1, 1, 44, 1, 2, 3, 1, 2, 23,
+    10, 23, 9, 31, 65, 19, 1, 2, 10, 22, 10, 26, 70, 56, 6, 2, 64, 1, 15, 4, 1, 3, 1, 29, 42, 29, 3,
+    29, 35, 8, 1, 28, 27, 54, 10, 22, 10, 19, 13, 18, 110, 73, 55, 51, 13, 51, 13, 36, 348, 42, 6,
+    2, 78, 29, 10, 1, 8, 22, 42, 18, 46, 21, 27, 23, 12, 53, 57, 2, 2, 1, 13, 45, 32, 25, 26, 36,
+    29, 1, 2, 1, 8, 35, 3, 1, 12, 48, 14, 4, 21, 1, 1, 1, 35, 18, 1, 25, 19, 2, 63, 7, 1, 1, 1, 4,
+    1, 15, 1, 10, 7, 47, 38, 8, 2, 2, 2, 22, 1, 7, 1, 2, 1, 5, 3, 1, 18, 1, 12, 5, 158, 53, 18, 4,
+    20, 3, 30, 48, 20, 2, 1, 1, 184, 47, 41, 4, 36, 48, 20, 1, 59, 43, 13, 1, 71, 27, 37, 7, 185,
+    44, 116, 64, 31, 8, 2, 1, 2, 8, 1, 2, 1, 24, 15, 1, 1, 1, 94, 8, 2, 39, 16, 1, 1, 1, 28, 1, 10,
+    40, 7, 1, 21, 1, 11, 46, 19, 1, 18, 73, 263, 9, 1, 37, 17, 1, 49, 30, 112, 7, 1, 2, 1, 38, 21,
+    1, 25, 6, 1, 2, 1, 32, 14, 1, 327, 19, 15, 1, 1, 13, 1, 34, 124, 1, 79, 922, 230, 196, 2636, 97,
+    15, 1072, 17, 6, 4025, 583, 8633, 569, 7, 31, 17, 79, 17, 30, 18, 48, 16, 4, 31, 21, 5, 19, 688,
+    64, 128, 75, 5, 1, 66, 13, 64, 2, 1, 1, 28, 6136, 8, 1238, 42, 9, 8935, 4, 1, 7, 1, 2, 1, 291,
+    15, 1, 29, 3, 2, 1, 14, 4, 8, 396, 2308, 107, 5, 13, 3, 9, 7, 10, 5990, 85, 1, 71, 1, 2, 2, 1,
+    2, 2, 2, 4, 1, 12, 1, 1, 1, 7, 1, 65, 1, 4, 2, 8, 1, 7, 1, 28, 1, 4, 1, 5, 1, 1, 3, 7, 1, 340,
+    2, 25, 1, 25, 1, 31, 1, 25, 1, 31, 1, 25, 1, 31, 1, 25, 1, 31, 1, 25, 1, 8, 1844, 31, 6, 6, 261,
+    62, 146, 45, 10, 7, 16, 1, 321, 30, 18, 44, 484, 28, 756, 7, 1, 4, 1, 2, 1, 15, 1, 197, 59, 68,
+    7, 1, 1204, 4, 1, 27, 1, 2, 1, 1, 2, 1, 1, 10, 1, 4, 1, 1, 1, 1, 6, 1, 4, 1, 1, 1, 1, 1, 1, 3,
+    1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 2, 4, 1, 7, 1, 4, 1, 4, 1, 1, 1, 10, 1,
+    17, 5, 3, 1, 5, 1, 17, 4420, 42720, 32, 4154, 6, 222, 2, 5762, 14, 7473, 15, 622, 2466, 542,
+    1506, 4939, 5, 4192,
+};
+static const uint16_t number_ranges[274] = {
+    48, 10, 120, 2, 5, 1, 2, 3, 1441, 10, 134, 10, 198, 10, 412, 10, 118, 10, 4, 6, 108, 10, 118,
+    10, 118, 10, 2, 6, 110, 13, 115, 10, 8, 7, 103, 10, 104, 7, 7, 19, 109, 10, 96, 10, 118, 10, 70,
+    20, 268, 10, 70, 10, 719, 20, 881, 3, 239, 10, 6, 10, 22, 10, 300, 10, 128, 11, 165, 10, 6, 10,
+    182, 10, 86, 10, 134, 10, 6, 10, 1046, 1, 3, 6, 6, 10, 198, 51, 2, 5, 726, 60, 78, 22, 630, 30,
+    1385, 1, 777, 1, 25, 9, 14, 3, 343, 4, 138, 10, 30, 8, 1, 15, 32, 10, 39, 15, 29536, 10, 188,
+    10, 320, 6, 154, 10, 38, 10, 198, 10, 22, 10, 86, 10, 406, 10, 21270, 10, 493, 45, 12, 57, 17,
+    2, 341, 27, 36, 4, 29, 1, 8, 1, 134, 5, 202, 10, 942, 8, 25, 7, 39, 9, 75, 5, 22, 6, 160, 2, 2,
+    16, 2, 46, 64, 9, 52, 2, 30, 3, 75, 5, 104, 8, 24, 8, 41, 7, 330, 6, 48, 10, 294, 31, 158, 10,
+    42, 4, 112, 7, 134, 30, 128, 10, 60, 10, 144, 10, 7, 20, 251, 10, 342, 10, 118, 10, 374, 10,
+    102, 10, 102, 12, 420, 19, 93, 10, 758, 29, 227, 10, 70, 10, 422, 10, 102, 21, 1067, 111, 17905,
+    10, 86, 10, 134, 10, 1, 7, 798, 23, 25641, 20, 12, 20, 108, 25, 1109, 50, 2368, 10, 422, 10,
+    502, 10, 973, 9, 128, 10, 791, 59, 1, 3, 1, 4, 76, 45, 1, 15, 962, 13, 2787, 10,
+};
+static const uint16_t space_ranges[20] = {
+    9, 5, 18, 1, 100, 1, 26, 1, 5599, 1, 2431, 11, 29, 2, 5, 1, 47, 1, 4000, 1,
+};
+// clang-format on
+
 #elif defined(ISA) // end of the first reading; from here on it is read for each instruction set
 // ------------------------------------------------------------------------------------------------
 // 8  Kernel bodies
@@ -1597,8 +1634,8 @@ typedef VECTOR(uint64_t, 4 * LANES) NAME(longs);
 #define LOAD(type, address) (*(const type *)(address))
 #define STORE(type, address, value) (*(type *)(address) = (value))
 
-// 4 bytes, in all lanes
-INLINE ints NAME(spread)(const void *four) {
+// 4 bytes in all lanes
+INLINE ints NAME(broadcast)(const void *four) {
     int32_t word;
     memcpy(&word, four, sizeof(word));
     return (ints){0} + word;
@@ -1606,22 +1643,6 @@ INLINE ints NAME(spread)(const void *four) {
 
 // Lane by lane: where the mask (all ones or all zeros) is set, a; elsewhere b.
 #define SELECT(type, masks, mask, a, b) ((type)(((mask) & (masks)(a)) | (~(mask) & (masks)(b))))
-
-#ifndef EXP_TABLE
-#define EXP_TABLE
-// bits(2^(i/32), correctly rounded) - (i << 47): adding k << 47 for k = 32 * n + i gives 2^(k/32).
-// The table of glibc's expf (sysdeps/ieee754/flt-32/e_exp2f_data.c).
-static const uint64_t exp_table[32] = {
-    0x3ff0000000000000, 0x3fefd9b0d3158574, 0x3fefb5586cf9890f, 0x3fef9301d0125b51,
-    0x3fef72b83c7d517b, 0x3fef54873168b9aa, 0x3fef387a6e756238, 0x3fef1e9df51fdee1,
-    0x3fef06fe0a31b715, 0x3feef1a7373aa9cb, 0x3feedea64c123422, 0x3feece086061892d,
-    0x3feebfdad5362a27, 0x3feeb42b569d4f82, 0x3feeab07dd485429, 0x3feea47eb03a5585,
-    0x3feea09e667f3bcd, 0x3fee9f75e8ec5f74, 0x3feea11473eb0187, 0x3feea589994cce13,
-    0x3feeace5422aa0db, 0x3feeb737b0cdc5e5, 0x3feec49182a3f090, 0x3feed503b23e255d,
-    0x3feee89f995ad3ad, 0x3feeff76f2fb5e47, 0x3fef199bdd85529c, 0x3fef3720dcef9069,
-    0x3fef5818dcfba487, 0x3fef7c97337b9b5f, 0x3fefa4afa2a490da, 0x3fefd0765b6e4540,
-};
-#endif
 
 // exp_table at LANES / 2 indices, of which the lowest 5 bits count
 INLINE longs NAME(look_up)(longs i) {
@@ -1672,20 +1693,20 @@ INLINE half NAME(exp_half)(half x) {
     return __builtin_convertvector(y, half);
 }
 
-KERNEL void NAME(exp_minus)(float *x, int n, float shift) {
-    int i = 0;
+KERNEL void NAME(exp_minus)(float *x, size_t n, float shift) {
+    size_t i = 0;
     for (; i + LANES / 2 <= n; i += LANES / 2)
         STORE(half, x + i, NAME(exp_half)(LOAD(half, x + i) - shift));
     if (i == n) return;
     half rest = {0};
-    memcpy(&rest, x + i, (size_t)(n - i) * sizeof(float));
+    memcpy(&rest, x + i, (n - i) * sizeof(float));
     rest = NAME(exp_half)(rest - shift);
-    memcpy(x + i, &rest, (size_t)(n - i) * sizeof(float));
+    memcpy(x + i, &rest, (n - i) * sizeof(float));
 }
 
-INLINE float NAME(maximum)(const float *x, int n) {
+INLINE float NAME(maximum)(const float *x, size_t n) {
     float greatest = x[0];
-    int i = 0;
+    size_t i = 0;
     if (n >= LANES) {
         floats most = LOAD(floats, x);
         for (i = LANES; i + LANES <= n; i += LANES) {
@@ -1704,31 +1725,31 @@ INLINE float NAME(maximum)(const float *x, int n) {
 // side, and while the processor waits it takes the next exponentials.
 #define SOFTMAX_ROWS 3
 
-INLINE void NAME(softmax_rows)(float *x, size_t stride, const int rows, int n) {
+INLINE void NAME(softmax_rows)(float *x, size_t stride, const size_t rows, size_t n) {
     float most[SOFTMAX_ROWS], sum[SOFTMAX_ROWS] = {0};
-    for (int r = 0; r < rows; r++) most[r] = NAME(maximum)(x + (size_t)r * stride, n);
-    int i = 0;
+    for (size_t r = 0; r < rows; r++) most[r] = NAME(maximum)(x + r * stride, n);
+    size_t i = 0;
     for (; i + LANES / 2 <= n; i += LANES / 2) {
-        for (int r = 0; r < rows; r++) {
-            float *e = x + (size_t)r * stride + i;
+        for (size_t r = 0; r < rows; r++) {
+            float *e = x + r * stride + i;
             STORE(half, e, NAME(exp_half)(LOAD(half, e) - most[r]));
         }
-        for (int k = i; k < i + LANES / 2; k++)
-            for (int r = 0; r < rows; r++) sum[r] = sum[r] + x[(size_t)r * stride + (size_t)k];
+        for (size_t k = i; k < i + LANES / 2; k++)
+            for (size_t r = 0; r < rows; r++) sum[r] = sum[r] + x[r * stride + k];
     }
-    for (int r = 0; r < rows; r++) {
-        NAME(exp_minus)(x + (size_t)r * stride + i, n - i, most[r]);
-        for (int k = i; k < n; k++) sum[r] = sum[r] + x[(size_t)r * stride + (size_t)k];
+    for (size_t r = 0; r < rows; r++) {
+        NAME(exp_minus)(x + r * stride + i, n - i, most[r]);
+        for (size_t k = i; k < n; k++) sum[r] = sum[r] + x[r * stride + k];
     }
-    for (int r = 0; r < rows; r++) {
-        float *e = x + (size_t)r * stride;
-        int i = 0;
+    for (size_t r = 0; r < rows; r++) {
+        float *e = x + r * stride;
+        size_t i = 0;
         for (; i + LANES <= n; i += LANES) STORE(floats, e + i, LOAD(floats, e + i) / sum[r]);
         for (; i < n; i++) e[i] /= sum[r];
     }
 }
 
-KERNEL void NAME(softmax)(float *x, size_t stride, int rows, int n) {
+KERNEL void NAME(softmax)(float *x, size_t stride, size_t rows, size_t n) {
     for (; rows >= SOFTMAX_ROWS; rows -= SOFTMAX_ROWS, x += SOFTMAX_ROWS * stride)
         NAME(softmax_rows)(x, stride, SOFTMAX_ROWS, n);
     for (; rows > 0; rows--, x += stride) NAME(softmax_rows)(x, stride, 1, n);
@@ -1739,17 +1760,17 @@ INLINE half NAME(silu_times)(half h, half up) {
     return (h * (ones / (ones + NAME(exp_half)(-h)))) * up;
 }
 
-KERNEL void NAME(swiglu)(float *gate, const float *up, int n) {
-    int i = 0;
+KERNEL void NAME(swiglu)(float *out, const float *gate, const float *up, size_t n) {
+    size_t i = 0;
     for (; i + LANES / 2 <= n; i += LANES / 2)
-        STORE(half, gate + i, NAME(silu_times)(LOAD(half, gate + i), LOAD(half, up + i)));
+        STORE(half, out + i, NAME(silu_times)(LOAD(half, gate + i), LOAD(half, up + i)));
     if (i == n) return;
     half h = {0}, u = {0};
-    size_t rest = (size_t)(n - i) * sizeof(float);
+    size_t rest = (n - i) * sizeof(float);
     memcpy(&h, gate + i, rest);
     memcpy(&u, up + i, rest);
     h = NAME(silu_times)(h, u);
-    memcpy(gate + i, &h, rest);
+    memcpy(out + i, &h, rest);
 }
 
 // Numbers of -127..127 as bytes.
@@ -1766,19 +1787,18 @@ INLINE bytes NAME(narrow)(ints q) {
 
 // roundf(t) is the integer part of t + the greatest float below 0.5, away from zero: 0.5 itself
 // would carry 0.49999997 up to 1. As bits, floats of one sign are ordered as the integers are.
-KERNEL void NAME(quantize)(Activations *out, int token, const float *x) {
+KERNEL void NAME(quantize)(QuantizedActivations *out, size_t token, const float *x) {
     const ints sign = (ints){0} + INT32_MIN;
     const floats most = (floats){0} + 127, below_half = (floats){0} + 0x1.fffffep-2f;
-    int groups = out->width / GROUP;
-    size_t start = (size_t)token * (size_t)groups;
+    size_t groups = out->width / GROUP, start = token * groups;
     float *scale = out->s + start;
-    for (int group = 0; group < groups; group++) {
+    for (size_t group = 0; group < groups; group++) {
         ints greatest = {0};
-        for (int i = 0; i < GROUP; i += LANES) {
+        for (size_t i = 0; i < GROUP; i += LANES) {
             ints size = LOAD(ints, x + group * GROUP + i) & ~sign;
             greatest = SELECT(ints, ints, size > greatest, size, greatest);
         }
-        // The greatest of all lanes, by quarters of 4.
+        // the greatest of all lanes, by quarters of 4
         quads four = LOAD(quads, &greatest);
         for (int i = 1; i < LANES / 4; i++) {
             quads next = LOAD(quads, (const quads *)&greatest + i);
@@ -1789,27 +1809,27 @@ KERNEL void NAME(quantize)(Activations *out, int token, const float *x) {
         memcpy(&scale[group], &bits, sizeof(bits));
     }
     // Group by group, each would wait for the divisions of the one before.
-    for (int group = 0; group < groups; group++) scale[group] = scale[group] / 127;
-    for (int group = 0; group < groups; group++) {
-        int8_t *to = out->q + (start + (size_t)group) * GROUP;
+    for (size_t group = 0; group < groups; group++) scale[group] = scale[group] / 127;
+    for (size_t group = 0; group < groups; group++) {
+        int8_t *to = out->q + (start + group) * GROUP;
         float divisor = scale[group] != 0 ? scale[group] : INFINITY; // all q are 0 then
         ints sum = {0};
-        for (int i = 0; i < GROUP; i += LANES) {
+        for (size_t i = 0; i < GROUP; i += LANES) {
             floats t = LOAD(floats, x + group * GROUP + i) / divisor;
             ints signs = (ints)t & sign;
             floats size = (floats)((ints)t & ~sign) + below_half;
-            size = SELECT(floats, ints, size < most, size, most); // and so for a NaN
+            size = SELECT(floats, ints, size < most, size, most); // also limits a NaN
             ints q = __builtin_convertvector((floats)((ints)size | signs), ints);
             STORE(bytes, to + i, NAME(narrow)(q));
             sum += q;
         }
         quads four = {0};
         for (int i = 0; i < LANES / 4; i++) four += LOAD(quads, (const quads *)&sum + i);
-        out->sum[start + (size_t)group] = 128 * (four[0] + four[1] + four[2] + four[3]);
+        out->sum[start + group] = 128 * (four[0] + four[1] + four[2] + four[3]);
     }
 #if !defined(ISA_AVX512) // which has no use for them
-    for (int i = 0; i < out->width; i += 4 * LANES) {
-        size_t at = start * GROUP + (size_t)i;
+    for (size_t i = 0; i < out->width; i += 4 * LANES) {
+        size_t at = start * GROUP + i;
         shorts pairs = LOAD(shorts, out->q + at);
         STORE(shorts, out->even + at / 2, pairs << 8 >> 8);
         STORE(shorts, out->odd + at / 2, pairs >> 8);
@@ -1833,37 +1853,37 @@ INLINE floats NAME(times_number)(floats v, const float *number) {
 // Heads that share keys and values go together, as many as have room for their sums in registers.
 #define MAX_TOGETHER 4
 
-// Scores of a block of time steps.
-INLINE void NAME(score_block)(float *out, size_t stride, const float *q, const int heads,
-                              int head_size, const float *keys) {
-    enum { VECTORS = TIME_BLOCK / LANES };
+// Scores of a block of positions.
+INLINE void NAME(score_block)(float *out, size_t stride, const float *q, const size_t heads,
+                              size_t head_size, const float *keys) {
+    enum { VECTORS = KEY_BLOCK / LANES };
     const float root = sqrtf((float)head_size);
     floats sum[MAX_TOGETHER][VECTORS];
-    for (int head = 0; head < heads; head++)
+    for (size_t head = 0; head < heads; head++)
         for (int v = 0; v < VECTORS; v++) sum[head][v] = (floats){0};
-    for (int i = 0; i < head_size; i++, keys += TIME_BLOCK)
+    for (size_t i = 0; i < head_size; i++, keys += KEY_BLOCK)
         for (int v = 0; v < VECTORS; v++) {
             floats k = LOAD(volatile floats, keys + v * LANES); // once for all heads
-            for (int head = 0; head < heads; head++)
+            for (size_t head = 0; head < heads; head++)
                 sum[head][v] = sum[head][v] + NAME(times_number)(k, &q[head * head_size + i]);
         }
-    for (int head = 0; head < heads; head++)
+    for (size_t head = 0; head < heads; head++)
         for (int v = 0; v < VECTORS; v++)
-            STORE(floats, out + (size_t)head * stride + v * LANES, sum[head][v] / root);
+            STORE(floats, out + head * stride + v * LANES, sum[head][v] / root);
 }
 
-KERNEL void NAME(score)(float *out, size_t stride, const float *q, int heads, int head_size,
-                        const float *keys, int times) {
+KERNEL void NAME(score)(float *out, size_t stride, const float *q, size_t heads, size_t head_size,
+                        const float *keys, size_t kv_len) {
     enum { TOGETHER = LANES / 4 };
-    for (int t = 0; t < times; t += TIME_BLOCK, keys += TIME_BLOCK * head_size)
-        for (int head = 0; head < heads; head += TOGETHER) {
-            float *to = out + (size_t)head * stride + t;
-            const float *of_head = q + head * head_size;
-            switch (heads - head < TOGETHER ? heads - head : TOGETHER) {
-            case 1: NAME(score_block)(to, stride, of_head, 1, head_size, keys); break;
-            case 2: NAME(score_block)(to, stride, of_head, 2, head_size, keys); break;
-            case 3: NAME(score_block)(to, stride, of_head, 3, head_size, keys); break;
-            case 4: NAME(score_block)(to, stride, of_head, 4, head_size, keys); break;
+    for (size_t t = 0; t < kv_len; t += KEY_BLOCK, keys += KEY_BLOCK * head_size)
+        for (size_t head = 0; head < heads; head += TOGETHER) {
+            float *to = out + head * stride + t;
+            const float *first = q + head * head_size;
+            switch (min_size(heads - head, TOGETHER)) {
+            case 1: NAME(score_block)(to, stride, first, 1, head_size, keys); break;
+            case 2: NAME(score_block)(to, stride, first, 2, head_size, keys); break;
+            case 3: NAME(score_block)(to, stride, first, 3, head_size, keys); break;
+            case 4: NAME(score_block)(to, stride, first, 4, head_size, keys); break;
             }
         }
 }
@@ -1872,54 +1892,53 @@ KERNEL void NAME(score)(float *out, size_t stride, const float *q, int heads, in
 #define MIX_VECTORS (LANES == 16 ? 4 : 8)
 
 // Some vectors of dimensions of a block's values.
-INLINE void NAME(mix_vectors)(float *out, const float *weight, size_t stride, const int heads,
-                              int head_size, const float *values, int times, const int vectors) {
+INLINE void NAME(mix_vectors)(float *out, const float *weight, size_t stride, const size_t heads,
+                              size_t head_size, const float *values, size_t kv_len,
+                              const size_t vectors) {
     floats sum[MAX_TOGETHER][MIX_VECTORS];
-    for (int head = 0; head < heads; head++)
-        for (int v = 0; v < vectors; v++)
+    for (size_t head = 0; head < heads; head++)
+        for (size_t v = 0; v < vectors; v++)
             sum[head][v] = LOAD(floats, out + head * head_size + v * LANES);
-    for (int t = 0; t < times; t++, values += head_size)
-        for (int v = 0; v < vectors; v++) {
+    for (size_t t = 0; t < kv_len; t++, values += head_size)
+        for (size_t v = 0; v < vectors; v++) {
             floats value = LOAD(floats, values + v * LANES);
-            for (int head = 0; head < heads; head++)
-                sum[head][v] =
-                    sum[head][v] +
-                    NAME(times_number)(value, &weight[(size_t)head * stride + (size_t)t]);
+            for (size_t head = 0; head < heads; head++)
+                sum[head][v] = sum[head][v] + NAME(times_number)(value, &weight[head * stride + t]);
         }
-    for (int head = 0; head < heads; head++)
-        for (int v = 0; v < vectors; v++)
+    for (size_t head = 0; head < heads; head++)
+        for (size_t v = 0; v < vectors; v++)
             STORE(floats, out + head * head_size + v * LANES, sum[head][v]);
 }
 
-INLINE void NAME(mix_block)(float *out, const float *weight, size_t stride, const int heads,
-                            int head_size, const float *values, int times) {
-    const int vectors = MIX_VECTORS;
-    int i = 0;
+INLINE void NAME(mix_block)(float *out, const float *weight, size_t stride, const size_t heads,
+                            size_t head_size, const float *values, size_t kv_len) {
+    const size_t vectors = MIX_VECTORS;
+    size_t i = 0;
     for (; i + vectors * LANES <= head_size; i += vectors * LANES)
-        NAME(mix_vectors)(out + i, weight, stride, heads, head_size, values + i, times, vectors);
+        NAME(mix_vectors)(out + i, weight, stride, heads, head_size, values + i, kv_len, vectors);
     for (; i + LANES <= head_size; i += LANES)
-        NAME(mix_vectors)(out + i, weight, stride, heads, head_size, values + i, times, 1);
+        NAME(mix_vectors)(out + i, weight, stride, heads, head_size, values + i, kv_len, 1);
     for (; i < head_size; i++)
-        for (int head = 0; head < heads; head++) {
+        for (size_t head = 0; head < heads; head++) {
             float *sum = &out[head * head_size + i];
-            for (int t = 0; t < times; t++)
-                *sum = *sum + weight[(size_t)head * stride + (size_t)t] * values[t * head_size + i];
+            for (size_t t = 0; t < kv_len; t++)
+                *sum = *sum + weight[head * stride + t] * values[t * head_size + i];
         }
 }
 
-KERNEL void NAME(mix)(float *out, const float *weight, size_t stride, int heads, int head_size,
-                      const float *values, int times) {
+KERNEL void NAME(mix)(float *out, const float *weight, size_t stride, size_t heads,
+                      size_t head_size, const float *values, size_t kv_len) {
     enum { TOGETHER = LANES == 16 ? 4 : 1 };
-    for (int t = 0; t < times; t += TIME_BLOCK, values += TIME_BLOCK * head_size)
-        for (int head = 0; head < heads; head += TOGETHER) {
+    for (size_t t = 0; t < kv_len; t += KEY_BLOCK, values += KEY_BLOCK * head_size)
+        for (size_t head = 0; head < heads; head += TOGETHER) {
             float *to = out + head * head_size;
-            const float *of_head = weight + (size_t)head * stride + t;
-            int steps = times - t < TIME_BLOCK ? times - t : TIME_BLOCK;
-            switch (heads - head < TOGETHER ? heads - head : TOGETHER) {
-            case 1: NAME(mix_block)(to, of_head, stride, 1, head_size, values, steps); break;
-            case 2: NAME(mix_block)(to, of_head, stride, 2, head_size, values, steps); break;
-            case 3: NAME(mix_block)(to, of_head, stride, 3, head_size, values, steps); break;
-            case 4: NAME(mix_block)(to, of_head, stride, 4, head_size, values, steps); break;
+            const float *first = weight + head * stride + t;
+            size_t positions = min_size(kv_len - t, KEY_BLOCK);
+            switch (min_size(heads - head, TOGETHER)) {
+            case 1: NAME(mix_block)(to, first, stride, 1, head_size, values, positions); break;
+            case 2: NAME(mix_block)(to, first, stride, 2, head_size, values, positions); break;
+            case 3: NAME(mix_block)(to, first, stride, 3, head_size, values, positions); break;
+            case 4: NAME(mix_block)(to, first, stride, 4, head_size, values, positions); break;
             }
         }
 }
@@ -1928,28 +1947,32 @@ KERNEL void NAME(mix)(float *out, const float *weight, size_t stride, int heads,
 // and grows by 4 of its weights times the 4 activations from x[at] on.
 #if defined(ISA_AVX512)
 
-#define TILE_PANELS 2 // a tile of 2 panels x 6 tokens: its 12 integer sums and 12 float sums
-#define TILE_TOKENS 6 // stay in registers
+#define DECODE_PANELS STREAMS
+#define TILE_PANELS 2 // a tile of 2 panels x 6 tokens: its 12 integer sums and 12 float
+#define TILE_TOKENS 6 // sums stay in registers
 
 // vpdpbusd multiplies unsigned by signed bytes and adds 4 neighbours. w XOR 0x80 is w + 128,
-// unsigned: in the end 128 * the sum of the activations has to be subtracted.
-INLINE ints NAME(add_step)(ints sum, ints w, const Activations *x, size_t at) {
+// unsigned; the zero-point correction subtracts 128 * the sum of the activations again.
+INLINE ints NAME(add_step)(ints sum, ints w, const QuantizedActivations *x, size_t at) {
     return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)(w ^ (int32_t)0x80808080),
-                                     (__m512i)NAME(spread)(x->q + at));
+                                     (__m512i)NAME(broadcast)(x->q + at));
 }
-INLINE int32_t NAME(excess)(const Activations *x, size_t group) { return x->sum[group]; }
+INLINE int32_t NAME(zero_point_correction)(const QuantizedActivations *x, size_t group) {
+    return x->sum[group];
+}
 
 #else
 
+#define DECODE_PANELS (LANES == 4 ? 2 : STREAMS)
 #define TILE_PANELS 1
 #define TILE_TOKENS 4
 
 // Bytes become numbers of 16 bits where they lie: seen as such a number, a pair of bytes shifted
 // right (signs are kept) gives the odd byte, and shifted left before, the even one.
-INLINE ints NAME(add_step)(ints sum, ints w, const Activations *x, size_t at) {
+INLINE ints NAME(add_step)(ints sum, ints w, const QuantizedActivations *x, size_t at) {
     shorts even = (shorts)w << 8 >> 8, odd = (shorts)w >> 8;
-    shorts x_even = (shorts)NAME(spread)(x->even + at / 2);
-    shorts x_odd = (shorts)NAME(spread)(x->odd + at / 2);
+    shorts x_even = (shorts)NAME(broadcast)(x->even + at / 2);
+    shorts x_odd = (shorts)NAME(broadcast)(x->odd + at / 2);
 #if defined(ISA_AVX2) // vpmaddwd multiplies numbers of 16 bits and adds 2 neighbours
     sum += (ints)_mm256_madd_epi16((__m256i)even, (__m256i)x_even);
     return sum + (ints)_mm256_madd_epi16((__m256i)odd, (__m256i)x_odd);
@@ -1958,68 +1981,68 @@ INLINE ints NAME(add_step)(ints sum, ints w, const Activations *x, size_t at) {
     return sum + (twos << 16 >> 16) + (twos >> 16);
 #endif
 }
-INLINE int32_t NAME(excess)(const Activations *x, size_t group) { return (void)x, (void)group, 0; }
+INLINE int32_t NAME(zero_point_correction)(const QuantizedActivations *x, size_t group) {
+    return (void)x, (void)group, 0;
+}
 
 #endif
 
 // A tile: the rows of 1 or 2 panels times some tokens. Both numbers are known at compile time, so
-// that the sums stay in registers. The weights are volatile so that each is loaded once, in the
-// order of the addresses.
-INLINE void NAME(multiply_tile)(float *out, const QuantizedTensor *w, int row, const int panels,
-                                const Activations *x, int token, const int tokens) {
-    enum { OF_PANEL = PANEL_ROWS / LANES, VECTORS = 2 * OF_PANEL };
-    const int vectors = panels * OF_PANEL, groups = w->cols / GROUP;
-    Panel *const *panel = &w->panels[row / PANEL_ROWS];
-    floats sum[TILE_TOKENS][VECTORS];
-    for (int t = 0; t < tokens; t++)
-        for (int v = 0; v < vectors; v++) sum[t][v] = (floats){0};
-    for (int group = 0; group < groups; group++) {
-        size_t at = (size_t)token * (size_t)groups + (size_t)group;
-        ints dot[TILE_TOKENS][VECTORS];
-        for (int t = 0; t < tokens; t++)
-            for (int v = 0; v < vectors; v++)
-                dot[t][v] = (ints){0} - NAME(excess)(x, at + (size_t)(t * groups));
-        for (int step = 0; step < GROUP / 4; step++) {
-            ints weights[VECTORS];
-            for (int v = 0; v < vectors; v++)
-                weights[v] =
-                    LOAD(volatile ints, panel[v / OF_PANEL][group].q[step][v % OF_PANEL * LANES]);
-            for (int t = 0; t < tokens; t++)
-                for (int v = 0; v < vectors; v++)
-                    dot[t][v] =
-                        NAME(add_step)(dot[t][v], weights[v], x,
-                                       (at + (size_t)(t * groups)) * GROUP + (size_t)step * 4);
+// that the sums stay in registers.
+INLINE void NAME(multiply_tile)(float *out, const QuantizedTensor *w, size_t row,
+                                const size_t panels, const QuantizedActivations *x, size_t token,
+                                const size_t tokens) {
+    enum { PER_PANEL = PANEL_ROWS / LANES, MAX_VECTORS = STREAMS * PER_PANEL };
+    const size_t vectors = panels * PER_PANEL, groups = w->cols / GROUP;
+    const Panel *panel[STREAMS];
+    for (size_t p = 0; p < panels; p++) panel[p] = panels_of(w, row + p * PANEL_ROWS);
+    floats sum[TILE_TOKENS][MAX_VECTORS];
+    for (size_t t = 0; t < tokens; t++)
+        for (size_t v = 0; v < vectors; v++) sum[t][v] = (floats){0};
+    for (size_t group = 0; group < groups; group++) {
+        size_t at = token * groups + group;
+        ints dot[TILE_TOKENS][MAX_VECTORS];
+        for (size_t t = 0; t < tokens; t++)
+            for (size_t v = 0; v < vectors; v++)
+                dot[t][v] = (ints){0} - NAME(zero_point_correction)(x, at + t * groups);
+        for (size_t step = 0; step < GROUP / 4; step++) {
+            ints weights[MAX_VECTORS];
+            for (size_t v = 0; v < vectors; v++)
+                weights[v] = LOAD(ints, panel[v / PER_PANEL][group].q[step][v % PER_PANEL * LANES]);
+            for (size_t t = 0; t < tokens; t++)
+                for (size_t v = 0; v < vectors; v++)
+                    dot[t][v] = NAME(add_step)(dot[t][v], weights[v], x,
+                                               (at + t * groups) * GROUP + step * 4);
         }
-        for (int t = 0; t < tokens; t++)
-            for (int v = 0; v < vectors; v++) {
-                floats scales = LOAD(floats, panel[v / OF_PANEL][group].s + v % OF_PANEL * LANES);
+        for (size_t t = 0; t < tokens; t++)
+            for (size_t v = 0; v < vectors; v++) {
+                floats scales = LOAD(floats, panel[v / PER_PANEL][group].s + v % PER_PANEL * LANES);
                 sum[t][v] = sum[t][v] + (__builtin_convertvector(dot[t][v], floats) * scales) *
-                                            x->s[at + (size_t)(t * groups)];
+                                            x->s[at + t * groups];
             }
     }
-    for (int t = 0; t < tokens; t++) {
-        float *to = out + (size_t)(token + t) * (size_t)w->rows + row, edge[VECTORS * LANES];
-        int rows = w->rows - row;
-        // sums that go to a fixed place stay in registers
-        float *all = rows < vectors * LANES ? edge : to;
-        for (int v = 0; v < vectors; v++) STORE(floats, all + v * LANES, sum[t][v]);
-        if (all == edge) memcpy(to, edge, (size_t)rows * sizeof(float));
+    for (size_t t = 0; t < tokens; t++) {
+        float *to = out + (token + t) * w->rows + row, edge[MAX_VECTORS * LANES];
+        bool whole = row + vectors * LANES <= w->rows;
+        for (size_t v = 0; v < vectors; v++)
+            STORE(floats, (whole ? to : edge) + v * LANES, sum[t][v]);
+        if (!whole) memcpy(to, edge, (w->rows - row) * sizeof(float));
     }
 }
 
-// Two rows of panels at a time, which lie in two runs of memory: two streams.
-KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, int first, int last,
-                              const Activations *x) {
-    int row = first;
-    for (; row + 2 * PANEL_ROWS <= last; row += 2 * PANEL_ROWS)
-        NAME(multiply_tile)(out, w, row, 2, x, 0, 1);
-    for (; row < last; row += PANEL_ROWS) NAME(multiply_tile)(out, w, row, 1, x, 0, 1);
+// Several panels at a time are several streams of memory, which are read faster than one.
+KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, Range rows,
+                              const QuantizedActivations *x) {
+    size_t row = rows.first;
+    for (; row + DECODE_PANELS * PANEL_ROWS <= rows.last; row += DECODE_PANELS * PANEL_ROWS)
+        NAME(multiply_tile)(out, w, row, DECODE_PANELS, x, 0, 1);
+    for (; row < rows.last; row += PANEL_ROWS) NAME(multiply_tile)(out, w, row, 1, x, 0, 1);
 }
 
-// All tokens for the rows of a tile, whose weights the cache holds meanwhile.
-INLINE void NAME(multiply_panels)(float *out, const QuantizedTensor *w, int row, const int panels,
-                                  const Activations *x, int n) {
-    int token = 0;
+// All tokens times the rows of a tile, whose weights the first-level cache holds meanwhile.
+INLINE void NAME(multiply_panels)(float *out, const QuantizedTensor *w, size_t row,
+                                  const size_t panels, const QuantizedActivations *x, size_t n) {
+    size_t token = 0;
     for (; token + TILE_TOKENS <= n; token += TILE_TOKENS)
         NAME(multiply_tile)(out, w, row, panels, x, token, TILE_TOKENS);
     switch (n - token) {
@@ -2033,21 +2056,32 @@ INLINE void NAME(multiply_panels)(float *out, const QuantizedTensor *w, int row,
     }
 }
 
-KERNEL void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, int first, int last,
-                              const Activations *x, int n) {
-    int row = first;
-    for (; row + TILE_PANELS * PANEL_ROWS <= last; row += TILE_PANELS * PANEL_ROWS)
+// Two tokens take 2 panels at a time: 0.8 of the time of 1 panel (AVX2).
+KERNEL void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, Range rows,
+                              const QuantizedActivations *x, size_t n) {
+    size_t row = rows.first;
+    for (; n == 2 && row + 2 * PANEL_ROWS <= rows.last; row += 2 * PANEL_ROWS)
+        NAME(multiply_tile)(out, w, row, 2, x, 0, 2);
+    for (; row + TILE_PANELS * PANEL_ROWS <= rows.last; row += TILE_PANELS * PANEL_ROWS)
         NAME(multiply_panels)(out, w, row, TILE_PANELS, x, n);
-    for (; row < last; row += PANEL_ROWS) NAME(multiply_panels)(out, w, row, 1, x, n);
+    for (; row < rows.last; row += PANEL_ROWS) NAME(multiply_panels)(out, w, row, 1, x, n);
 }
+#undef DECODE_PANELS
 #undef TILE_PANELS
 #undef TILE_TOKENS
 
 #define TEXT(name) #name
 #define QUOTED(isa) TEXT(isa)
 static const Kernels NAME(kernels) = {
-    QUOTED(ISA), NAME(quantize), NAME(mat_vec_mul), NAME(mat_mat_mul), NAME(score),
-    NAME(mix),   NAME(softmax),  NAME(swiglu),      NAME(exp_minus),
+    .name = QUOTED(ISA),
+    .quantize = NAME(quantize),
+    .mat_vec_mul = NAME(mat_vec_mul),
+    .mat_mat_mul = NAME(mat_mat_mul),
+    .score = NAME(score),
+    .mix = NAME(mix),
+    .softmax = NAME(softmax),
+    .swiglu = NAME(swiglu),
+    .exp_minus = NAME(exp_minus),
 };
 
 #undef JOIN

@@ -2,11 +2,9 @@
 //
 //     ./parallel [options] <threads> <seed> ["prompt" ...]
 //
-// To accelerate GPT and get a faster response, it is critical to have faster matrix-vector
-// multiplication and faster multi-head attention: the rows of the matrices and the heads (for a
-// prompt, the tokens) are shared out among the threads. What is computed is model.h's, the same to
-// the last bit for any number of threads. Here is only who computes, and how they wait for each
-// other.
+// model.h has what is computed, the same to the last bit for any number of threads: a pass is a
+// sequence of steps, each made of pieces that do not depend on each other. This file decides which
+// thread computes which piece, and how the threads wait for each other.
 #define _GNU_SOURCE
 #include "common.h"
 #include "model.h"
@@ -15,126 +13,110 @@
 #include <sys/resource.h>
 #include <sys/time.h>
 
-// Looks at the others' progress before a waiting thread goes to sleep: 250 microseconds on a Zen 4
-// at 3.7 GHz, several times what it takes to sleep and be woken. 0 leaves all waiting to the mutex,
-// which helgrind understands.
-#ifndef SPIN
-#define SPIN 10000
-#endif
+// How long a worker spins before it sleeps. Workers end a step within a few microseconds of each
+// other, while to sleep and wake up takes some 50. A longer spin would keep the CPU from a worker
+// that the others wait for.
+#define SPIN_SECONDS 13e-6
 
 // ------------------------------------------------------------------------------------------------
 // The pool
 //
-// One group of threads for everything. The thread that created it is thread 0: it hands out a pass
-// and takes part in it, so that nobody has to be woken between a token and the next. Who takes part
-// is a worker of the pass and has a number there; there are no more workers than CPUs. They walk
-// through the pass together and meet a handful of times per layer. If the pool has more threads,
-// all but thread 0 take turns instead of pushing each other off the CPUs (so with a single CPU,
-// thread 0 does everything). A turn is some passes long, as the scheduler needs a while to give
-// each thread a CPU of its own.
+// The thread that creates the pool is worker 0: it publishes a pass, and the other workers wake up
+// and take part. There are at most as many workers as CPUs; the threads beyond sleep all along.
+//
+// The pieces of a step are divided among the workers. A worker claims the pieces of its own share
+// in order, which is one stream of memory, and then those that are left of the others' shares. So a
+// worker that loses its CPU holds up the others by one piece, and one that wakes up late finds the
+// pieces done and goes on to the next step.
 
-#define TURN 4 // passes
-#define NOTHING (-1)
-
-// What a worker tells the others, in a cache line that during a pass only it writes. (The line of a
-// mutex or of a common count has to travel to each CPU in turn, as everybody writes it.)
 typedef struct {
-    _Alignas(64) atomic_uint meetings; // how many it has come to
-    atomic_int cpu;                    // where it was last seen, or NOTHING
-} Seat;
+    // Which pieces of this worker's share are claimed: the number of the step in the upper half,
+    // the next piece in the lower half. A step that is not this one's has claimed none yet, so
+    // nothing has to be reset between steps.
+    _Alignas(64) atomic_ullong claims;
+    atomic_uint done; // pieces that this worker has computed, in all steps
+    // Only the worker itself uses these; the counts wrap around.
+    _Alignas(64) unsigned step; // number of the step that it is at
+    unsigned total;             // pieces of all steps up to this one
+    unsigned claimed;           // pieces that this worker has claimed, in all steps
+} WorkerSlot;
 
 static struct {
-    pthread_t threads[MAX_THREADS];   // but for thread 0
-    struct rusage usage[MAX_THREADS]; // times of thread 0 in all passes, of the others at their end
-    int size;                         // threads of the pool
-    int places;                       // workers of a pass
-    Seat seats[MAX_THREADS];          // one for each place
-    atomic_uint passes;               // how many have been handed out
-    atomic_int asleep;                // workers that sleep in meet()
+    pthread_t threads[MAX_THREADS]; // but for thread 0, the caller
+    struct rusage
+        usage[MAX_THREADS];        // CPU time: thread 0's in all passes, the others' at their end
+    int size;                      // threads
+    int workers;                   // of them take part in passes
+    WorkerSlot slots[MAX_THREADS]; // one for each worker
+    atomic_int asleep;             // workers that sleep in barrier_wait()
 
-    pthread_mutex_t lock;              // guards all that follows
-    pthread_cond_t given[MAX_THREADS]; // each thread sleeps here until it has work,
-    pthread_cond_t all_met;            // and here until the other workers have done theirs
-    const Pass *pass;                  // the one that was handed out last
-    int worker[MAX_THREADS];           // a thread's number in the pass until it begins, or NOTHING
+    pthread_mutex_t lock;      // guards all that follows
+    pthread_cond_t step_done;  // wakes the sleepers in barrier_wait()
+    pthread_cond_t work_ready; // wakes the workers between two passes
+    pthread_cond_t closed;     // wakes the other threads
+    Pass pass;                 // the last one that was published
+    unsigned passes;           // how many were published
+    unsigned step, total;      // of a WorkerSlot at the beginning of that pass
     bool closing;
 } pool;
 
-static void relax(void) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
+// Whether so many pieces are done in all. Nothing of a later step is computed before a step is
+// done, so `total` pieces are all those of the steps up to one.
+static bool are_done(unsigned total) {
+    unsigned sum = 0;
+    for (int i = 0; i < pool.workers; i++) sum += pool.slots[i].done;
+    return (int)(sum - total) >= 0;
 }
 
-// Notes where a worker is, and tells whether another one was last seen on the same CPU.
-static bool shares_cpu(int worker, int workers) {
-    int cpu = sched_getcpu();
-    pool.seats[worker].cpu = cpu;
-    for (int i = 0; i < workers; i++)
-        if (i != worker && pool.seats[i].cpu == cpu) return true;
-    return false;
-}
-
-// How often a worker may look before it sleeps: not at all where it would keep another one, for
-// which it may be waiting, off the CPU.
-static int patience(int worker, int workers) {
-    return SPIN == 0 || shares_cpu(worker, workers) ? 0 : SPIN;
-}
-
-// Moves the calling thread away from the CPUs of all workers, if there is another one. The
-// scheduler often puts two threads that are woken together on one CPU, and may leave them there: as
-// each sleeps while the other works, it sees no need for a second one. To forbid a thread its CPU
-// moves it at once; then it may go everywhere again. (Under SCHED_DEADLINE the kernel refuses,
-// and the thread stays where it is.)
-static void step_aside(int workers) {
-    cpu_set_t usable, others;
-    if (sched_getaffinity(0, sizeof(usable), &usable) < 0) return;
-    others = usable;
-    pthread_mutex_lock(&pool.lock); // which only helgrind needs here
-    for (int i = 0; i < workers; i++)
-        if (pool.seats[i].cpu != NOTHING) CPU_CLR((size_t)pool.seats[i].cpu, &others);
-    pthread_mutex_unlock(&pool.lock);
-    if (CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof(others), &others) == 0)
-        sched_setaffinity(0, sizeof(usable), &usable);
-}
-
-// Whether all workers have come to a meeting. Some may be at the next one already; and as the
-// counts wrap around, they are compared by their distance.
-static bool have_met(unsigned meeting, int workers) {
-    for (int i = 0; i < workers; i++)
-        if ((int)(pool.seats[i].meetings - meeting) < 0) return false;
-    return true;
-}
-
-// Everybody counts himself in and then looks whether somebody sleeps, whom the last to come wakes.
-// Who goes to sleep tells it and then looks whether all have come. So one of the two sees the
-// other: plain operations on atomics have one order for all threads. (Helgrind knows only the order
-// of a lock, so without spinning everything happens under it.)
-static void meet(int worker, int workers) {
-    unsigned meeting = pool.seats[worker].meetings + 1;
-    int spins = patience(worker, workers);
-    if (SPIN == 0) pthread_mutex_lock(&pool.lock);
-    pool.seats[worker].meetings = meeting;
-    if (SPIN == 0) pthread_mutex_unlock(&pool.lock);
-
-    if (SPIN == 0 || pool.asleep > 0) {
+// Returns when all pieces of the worker's step are done. No lost wake-up: an arriving worker stores
+// its count and then loads `asleep`; a sleeper increments `asleep` and then loads the counts. Both
+// are sequentially consistent, so at least one sees the other.
+static void barrier_wait(WorkerSlot *slot) {
+    slot->done = slot->claimed;
+    if (pool.asleep > 0 && are_done(slot->total)) {
         pthread_mutex_lock(&pool.lock);
-        if (have_met(meeting, workers)) pthread_cond_broadcast(&pool.all_met);
+        pthread_cond_broadcast(&pool.step_done);
         pthread_mutex_unlock(&pool.lock);
     }
-    for (int i = 0; i < spins; i++) {
-        if (have_met(meeting, workers)) return;
-        relax();
-    }
+    for (double end = seconds(CLOCK_MONOTONIC) + SPIN_SECONDS; seconds(CLOCK_MONOTONIC) < end;)
+        if (are_done(slot->total)) return;
     pthread_mutex_lock(&pool.lock);
     pool.asleep++;
-    while (!have_met(meeting, workers)) pthread_cond_wait(&pool.all_met, &pool.lock);
+    while (!are_done(slot->total)) pthread_cond_wait(&pool.step_done, &pool.lock);
     pool.asleep--;
     pthread_mutex_unlock(&pool.lock);
 }
 
-// The CPU times of the calling thread. getrusage(2) tells them as of the last tick of the kernel;
-// reading the thread's CPU clock brings them up to date.
+// Claims the next piece of a worker's share of the step in `slot`, if there is one: *next.
+static bool claim_from(const WorkerSlot *slot, int owner, unsigned pieces, unsigned *next) {
+    unsigned first = (unsigned)((uint64_t)pieces * owner / pool.workers);
+    unsigned end = (unsigned)((uint64_t)pieces * (owner + 1) / pool.workers);
+    unsigned long long seen = pool.slots[owner].claims, claims;
+    do {
+        int behind = (int)(slot->step - (unsigned)(seen >> 32)); // < 0: the step is over
+        *next = behind == 0 ? (unsigned)seen : first;
+        if (behind < 0 || *next == end) return false;
+        claims = (unsigned long long)slot->step << 32 | (*next + 1);
+    } while (!atomic_compare_exchange_weak(&pool.slots[owner].claims, &seen, claims));
+    return true;
+}
+
+static bool claim(int worker, size_t count, size_t piece_size, Range *piece) {
+    WorkerSlot *slot = &pool.slots[worker];
+    unsigned pieces = (unsigned)((count + piece_size - 1) / piece_size), next;
+    if (piece->last == 0) slot->step++, slot->total += pieces; // the first call of a step
+    for (int i = 0; i < pool.workers; i++)
+        if (claim_from(slot, (worker + i) % pool.workers, pieces, &next)) {
+            slot->claimed++;
+            *piece = (Range){next * piece_size, min_size((next + 1) * piece_size, count)};
+            return true;
+        }
+    barrier_wait(slot);
+    return false;
+}
+
+// The CPU time of the calling thread. getrusage(2) has it as of the kernel's last tick; reading the
+// thread's CPU clock brings it up to date.
 static struct rusage thread_usage(void) {
     struct timespec clock;
     struct rusage usage;
@@ -143,7 +125,7 @@ static struct rusage thread_usage(void) {
     return usage;
 }
 
-// Adds the times from `before` to now to *sum.
+// Adds the CPU time of the calling thread since `before` to *sum.
 static void add_usage_since(struct rusage *sum, const struct rusage *before) {
     struct rusage now = thread_usage();
     struct timeval used;
@@ -153,29 +135,23 @@ static void add_usage_since(struct rusage *sum, const struct rusage *before) {
     timeradd(&sum->ru_stime, &used, &sum->ru_stime);
 }
 
-// A thread of the pool: wait for a share of a pass, do it, and again.
+// A thread of the pool: wait for a pass, take part in it, and again.
 static void *thr_func(void *argument) {
     int thread = (int)(intptr_t)argument;
+    bool is_worker = thread < pool.workers;
+    unsigned seen = 0;
     pthread_mutex_lock(&pool.lock);
     for (;;) {
-        while (pool.worker[thread] == NOTHING && !pool.closing)
-            pthread_cond_wait(&pool.given[thread], &pool.lock);
+        while (!pool.closing && (!is_worker || pool.passes == seen))
+            pthread_cond_wait(is_worker ? &pool.work_ready : &pool.closed, &pool.lock);
         if (pool.closing) break;
-        const Pass *pass = pool.pass;
-        int worker = pool.worker[thread], workers = pool.places;
-        unsigned passes = pool.passes;
-        pool.worker[thread] = NOTHING;
-        bool crowded = shares_cpu(worker, workers);
+        seen = pool.passes;
+        // A copy: a late worker may still be on its way through a pass when that is over.
+        Pass pass = pool.pass;
+        pool.slots[thread].step = pool.step;
+        pool.slots[thread].total = pool.total;
         pthread_mutex_unlock(&pool.lock);
-
-        // Not in the first pass, which packs the weights and meets at its end only: the front end
-        // may be giving the threads SCHED_DEADLINE just then, which takes an affinity of all CPUs.
-        if (crowded && passes > 1) step_aside(workers);
-        pass->work(pass, worker, workers);
-        int spins = patience(worker, workers); // asked while the seat is still its own
-        meet(worker, workers);
-        // While a reply is computed the next pass follows soon: look for it before sleeping.
-        for (int i = 0; i < spins && pool.passes == passes; i++) relax();
+        forward_steps(&pass, thread);
         pthread_mutex_lock(&pool.lock);
     }
     pthread_mutex_unlock(&pool.lock);
@@ -183,55 +159,45 @@ static void *thr_func(void *argument) {
     return NULL;
 }
 
-// Hands a pass out to the threads whose turn it is.
-static void hand_out(const Pass *pass) {
-    pthread_mutex_lock(&pool.lock);
-    unsigned helpers = (unsigned)pool.places - 1, others = (unsigned)pool.size - 1;
-    pool.pass = pass;
-    pool.seats[0].cpu = sched_getcpu();
-    for (unsigned i = 0; i < helpers; i++) { // where there are helpers, there are others
-        unsigned turn = pool.passes / TURN % others, thread = 1 + (turn * helpers + i) % others;
-        pool.worker[thread] = (int)i + 1;
-        pool.seats[i + 1].cpu = NOTHING;
-        pthread_cond_signal(&pool.given[thread]);
-    }
-    pool.passes++; // at the end, as who sees it will want the lock
-    pthread_mutex_unlock(&pool.lock);
-}
-
-static void run_pass(const Pass *pass) {
+static void run_pass(Pass *pass) {
     struct rusage before = thread_usage();
-    hand_out(pass);
-    pass->work(pass, 0, pool.places);
-    meet(0, pool.places);
+    pass->workers = pool.workers;
+    pthread_mutex_lock(&pool.lock);
+    pool.pass = *pass;
+    pool.passes++;
+    pool.step = pool.slots[0].step;
+    pool.total = pool.slots[0].total;
+    pthread_cond_broadcast(&pool.work_ready);
+    pthread_mutex_unlock(&pool.lock);
+    forward_steps(pass, 0);
     add_usage_since(&pool.usage[0], &before);
 }
 
-// Ends and joins all threads but the caller. pool.usage tells then what they have used.
+// Ends and joins all threads but the caller; afterwards pool.usage holds what they have used.
 static void close_thr_pool(void) {
     pthread_mutex_lock(&pool.lock);
     pool.closing = true;
-    for (int i = 1; i < pool.size; i++) pthread_cond_signal(&pool.given[i]);
+    pthread_cond_broadcast(&pool.work_ready);
+    pthread_cond_broadcast(&pool.closed);
     pthread_mutex_unlock(&pool.lock);
     for (int i = 1; i < pool.size; i++) pthread_join(pool.threads[i], NULL);
-    for (int i = 0; i < MAX_THREADS; i++) pthread_cond_destroy(&pool.given[i]);
-    pthread_cond_destroy(&pool.all_met);
+    pthread_cond_destroy(&pool.step_done);
+    pthread_cond_destroy(&pool.work_ready);
+    pthread_cond_destroy(&pool.closed);
     pthread_mutex_destroy(&pool.lock);
 }
 
-// Makes the caller and threads - 1 new ones, which sleep until there is work, a pool of
-// 1..MAX_THREADS threads. Returns 0, or -1 after a complaint, with none of them left.
+// Makes the caller and threads - 1 new ones a pool of 1..MAX_THREADS threads. Returns 0, or -1
+// after reporting which thread cannot be created, with none of them left.
 static int init_thr_pool(int threads) {
     cpu_set_t cpus;
     int usable = sched_getaffinity(0, sizeof(cpus), &cpus) == 0 ? CPU_COUNT(&cpus) : threads;
     memset(&pool, 0, sizeof(pool));
-    pool.places = threads < usable ? threads : usable;
+    pool.workers = threads < usable ? threads : usable;
     pthread_mutex_init(&pool.lock, NULL);
-    pthread_cond_init(&pool.all_met, NULL);
-    for (int i = 0; i < MAX_THREADS; i++) {
-        pthread_cond_init(&pool.given[i], NULL);
-        pool.worker[i] = NOTHING;
-    }
+    pthread_cond_init(&pool.step_done, NULL);
+    pthread_cond_init(&pool.work_ready, NULL);
+    pthread_cond_init(&pool.closed, NULL);
     for (pool.size = 1; pool.size < threads; pool.size++) {
         int error =
             pthread_create(&pool.threads[pool.size], NULL, thr_func, (void *)(intptr_t)pool.size);
@@ -247,24 +213,26 @@ static int init_thr_pool(int threads) {
 // ------------------------------------------------------------------------------------------------
 // The program
 
-static void print_usage_of(const char *who, const struct rusage *usage) {
-    printf("%s - user: %.4f s, system: %.4f s\n", who,
+static void print_line_of_usage(const char *name, const struct rusage *usage) {
+    printf("%s - user: %.4f s, system: %.4f s\n", name,
            (double)usage->ru_utime.tv_sec + 1e-6 * (double)usage->ru_utime.tv_usec,
            (double)usage->ru_stime.tv_sec + 1e-6 * (double)usage->ru_stime.tv_usec);
 }
 
-// The main thread's line is what it has used besides its part in the passes, which is thread 0's.
+// The main thread is thread 0 in passes; its own line is what it has used besides. The whole
+// process is the sum of all lines.
 static void print_usage(void) {
-    struct rusage usage, besides = {0};
-    char who[40];
-    for (int i = 0; i < pool.size; i++) {
-        snprintf(who, sizeof(who), "Thread %d has completed", i);
-        print_usage_of(who, &pool.usage[i]);
-    }
+    struct rusage besides = {0}, whole = {0};
     add_usage_since(&besides, &pool.usage[0]);
-    print_usage_of("main thread", &besides);
-    getrusage(RUSAGE_SELF, &usage);
-    print_usage_of("Whole process", &usage);
+    for (int i = 0; i <= pool.size; i++) {
+        const struct rusage *usage = i < pool.size ? &pool.usage[i] : &besides;
+        char name[40] = "main thread";
+        if (i < pool.size) snprintf(name, sizeof(name), "Thread %d has completed", i);
+        print_line_of_usage(name, usage);
+        timeradd(&whole.ru_utime, &usage->ru_utime, &whole.ru_utime);
+        timeradd(&whole.ru_stime, &usage->ru_stime, &whole.ru_stime);
+    }
+    print_line_of_usage("Whole process", &whole);
 }
 
 #define USAGE                                                                                      \
@@ -300,7 +268,7 @@ int main(int argc, char **argv) {
     if (build_session(&session, &settings) < 0) return 1;
     int result = 1;
     if (init_thr_pool((int)threads) == 0) {
-        result = serve(generate, prepare, &session, argv + optind, argc - optind) < 0 ? 1 : 0;
+        result = serve(generate, &session, argv + optind, argc - optind) < 0 ? 1 : 0;
         close_thr_pool();
         print_usage();
     }

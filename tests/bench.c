@@ -133,7 +133,7 @@ static Decoding decode(Transformer *t, Sampler *sampler, int pos, const char *bl
     for (int round = 0, token = 1; round < ROUNDS; round++) {
         for (size_t way = 0; way < WAYS; way++)
             reading[way][round] =
-                time_reading(block, t->file_size, readers, ways[way].streams, ways[way].ahead);
+                time_reading(block, t->panels_size, readers, ways[way].streams, ways[way].ahead);
         struct rusage before, after;
         getrusage(RUSAGE_SELF, &before);
         for (int i = round * TOKENS; i < (round + 1) * TOKENS; i++) {
@@ -146,7 +146,7 @@ static Decoding decode(Transformer *t, Sampler *sampler, int pos, const char *bl
         result.system += cpu_seconds(after.ru_stime) - cpu_seconds(before.ru_stime);
     }
     for (size_t way = 0; way < WAYS; way++) {
-        double rate = (double)t->file_size / median(reading[way], ROUNDS);
+        double rate = (double)t->panels_size / median(reading[way], ROUNDS);
         if (rate > result.bandwidth) result.bandwidth = rate;
     }
     result.token = median(tokens, ROUNDS * TOKENS);
@@ -165,8 +165,8 @@ static double digest(Transformer *t, int tokens) {
 // Caches as after a long chat, without the time that it would take.
 static void fill_caches(Transformer *t) {
     uint64_t state = 1;
-    for (size_t i = 0; i < t->state.cache_size / sizeof(float); i++)
-        t->state.cache[i] = random_f32(&state) - 0.5f;
+    for (size_t i = 0; i < t->state.kv_cache_size / sizeof(float); i++)
+        t->state.kv_cache[i] = random_f32(&state) - 0.5f;
 }
 
 static int bench_plain(const char *path, int runs) {
@@ -192,15 +192,15 @@ int main(int argc, char **argv) {
     Sampler sampler;
     if (argc != 3 || build_transformer(&t, argv[1]) < 0) return 2;
     build_sampler(&sampler, t.config.vocab_size, 0.6f, 0.9f, 42);
+    sampler.kernels = t.kernels;
     int threads = 1, positions[] = {100, 1000, 2000}, prompts[] = {16, 128, 512};
 #ifdef PARALLEL
     threads = atoi(getenv("THREADS"));
     if (init_thr_pool(threads) < 0) return 1;
 #endif
     int cores = (int)sysconf(_SC_NPROCESSORS_ONLN), readers = threads < cores ? threads : cores;
-    char *block = huge_block(t.file_size);
+    char *block = huge_block(t.panels_size);
     fill_caches(&t);
-    pack_weights(&t);
 
     for (int run = 0; run < atoi(argv[2]); run++) {
         // for each position: read bandwidth, seconds per token, bytes read per token; for each
@@ -212,7 +212,7 @@ int main(int argc, char **argv) {
             double cache = 2.0 * t.config.n_layers * t.config.kv_dim *
                            (positions[i] + ROUNDS * TOKENS / 2) * sizeof(float);
             printf("%.6g %.6g %.6g ", near[i].bandwidth, near[i].token,
-                   (double)t.file_size + cache);
+                   (double)t.panels_size + cache);
         }
         for (int i = 0; i < 3; i++) printf("%.6g ", digest(&t, prompts[i]));
         printf("%.4f %.4f\n", near[0].user, near[0].system);

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import script
-from models import BUILD, model_file
+from artifacts import BUILD, model_file
 
 TESTS = Path(__file__).resolve().parent
 TOP = TESTS.parent

@@ -1,10 +1,10 @@
-// The oracle: SmolLM's arithmetic, sampler and tokenizer merges in the plainest form that computes
-// them. Every loop runs in the order in which the recipe adds, one number at a time; nothing is
-// shared with the engine, and nothing here is fast. What the engine computes, with whatever
-// instruction set, number of threads or batch, must equal this to the last bit.
+// The oracle: SmolLM's arithmetic and sampler in the plainest form that computes them. Every loop
+// runs in the order in which the recipe adds, one number at a time; nothing is shared with the
+// engine, and nothing here is fast. What the engine computes, with whatever instruction set, number
+// of threads or batch, must equal this to the last bit.
 //
 // Every function is `static inline`, so that a test may use a few of them without a warning about
-// the rest. Out of memory ends the program: this is for tests only.
+// the rest. A lack of memory ends the program: this is for tests only.
 
 #ifndef ORACLE_H
 #define ORACLE_H
@@ -477,118 +477,6 @@ static inline int oracle_sample(OracleSampler *sampler, const float *logits, int
     free(p);
     free(candidates);
     return id;
-}
-
-// -------------------------------------------------------------------------------------------------
-// Tokenizer: the merges within one piece of text
-
-typedef struct {
-    const char *text; // [length], not terminated: a token may hold any byte
-    int length, id;
-    float score;
-} OracleToken;
-
-typedef struct {
-    int size;
-    OracleToken *tokens; // [size], by id
-    OracleToken *sorted; // [size], by text, then by id
-    char *file;          // tokenizer.bin's bytes, to which the texts point
-} OracleVocab;
-
-// memcmp's order; of two texts of which one begins with the other, the shorter comes first
-static inline int oracle_compare_text(const void *left, const void *right) {
-    const OracleToken *a = left, *b = right;
-    int order = memcmp(a->text, b->text, a->length < b->length ? a->length : b->length);
-    return order ? order : a->length - b->length;
-}
-
-static inline int oracle_compare_token(const void *left, const void *right) {
-    const OracleToken *a = left, *b = right;
-    int order = oracle_compare_text(a, b);
-    return order ? order : a->id - b->id;
-}
-
-static inline void oracle_free_vocab(OracleVocab *v) {
-    free(v->tokens);
-    free(v->sorted);
-    free(v->file);
-    memset(v, 0, sizeof *v);
-}
-
-// int32 max_token_length, then for each id float32 score, int32 length and the text. 0, or -1 if
-// the file does not hold exactly `size` tokens.
-static inline int oracle_load_vocab(OracleVocab *v, const char *path, int size) {
-    size_t file_size;
-    memset(v, 0, sizeof *v);
-    v->file = oracle_read_file(path, &file_size);
-    if (!v->file) return -1;
-    v->size = size;
-    v->tokens = oracle_alloc(size, sizeof *v->tokens);
-    v->sorted = oracle_alloc(size, sizeof *v->sorted);
-
-    size_t at = 4;
-    for (int id = 0; id < size; id++) {
-        OracleToken *token = &v->tokens[id];
-        if (at + 8 > file_size) goto bad;
-        token->id = id;
-        memcpy(&token->score, v->file + at, 4);
-        memcpy(&token->length, v->file + at + 4, 4);
-        token->text = v->file + at + 8;
-        at += 8;
-        if (token->length < 0 || (size_t)token->length > file_size - at) goto bad;
-        at += (size_t)token->length;
-    }
-    if (at != file_size) goto bad;
-    memcpy(v->sorted, v->tokens, (size_t)size * sizeof *v->tokens);
-    qsort(v->sorted, size, sizeof *v->sorted, oracle_compare_token);
-    return 0;
-
-bad:
-    oracle_free_vocab(v);
-    return -1;
-}
-
-// The token that spells these bytes, the one of lowest id if there are several; NULL if none does
-static inline const OracleToken *oracle_find_token(const OracleVocab *v, const char *text,
-                                                   int length) {
-    OracleToken wanted = {.text = text, .length = length};
-    const OracleToken *found =
-        bsearch(&wanted, v->sorted, v->size, sizeof *v->sorted, oracle_compare_text);
-    while (found && found > v->sorted && oracle_compare_text(found - 1, &wanted) == 0) found--;
-    return found;
-}
-
-// The ids [up to n] of one piece of text of n bytes; returns their number. In each round the best
-// of all adjacent pairs is looked for from scratch: quadratic, and nothing to get wrong.
-static inline int oracle_bpe(const OracleVocab *v, const char *piece, int n, int *ids) {
-    char *text = oracle_alloc(n, 1); // the bytes that are tokens: what the ids spell, end to end
-    int count = 0;
-    for (int i = 0; i < n; i++) {
-        const OracleToken *byte = oracle_find_token(v, &piece[i], 1);
-        if (!byte) continue;
-        text[count] = piece[i];
-        ids[count++] = byte->id;
-    }
-    for (;;) {
-        const OracleToken *best = NULL;
-        int best_at = 0;
-        const char *at = text;
-        for (int i = 0; i + 1 < count; i++) {
-            int left = v->tokens[ids[i]].length, right = v->tokens[ids[i + 1]].length;
-            const OracleToken *merged = oracle_find_token(v, at, left + right);
-            if (merged && (!best || merged->score > best->score)) {
-                best = merged;
-                best_at = i;
-            }
-            at += left;
-        }
-        if (!best) break;
-        ids[best_at] = best->id;
-        count--;
-        memmove(&ids[best_at + 1], &ids[best_at + 2], (count - best_at - 1) * sizeof *ids);
-    }
-    free(text);
-    return count;
 }
 
 #endif

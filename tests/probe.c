@@ -1,6 +1,5 @@
-// probe.c - an engine opened up for the tests: what test_numbers.py and test_tokenizer.py call and
-// compare with the golden data, and the checks of every fast path against the plain recipe of
-// oracle.h.
+// probe.c - an engine opened up for the tests: what they compare with the golden data, and the
+// checks of every fast path against the plain recipe of oracle.h.
 //
 // With -DENGINE='"../parallel.c"' it opens that engine. THREADS in the environment is its thread
 // count.
@@ -17,7 +16,7 @@ static void start_engine_threads(void) {
 #ifdef PARALLEL
     const char *threads = getenv("THREADS");
     if (init_thr_pool(threads ? atoi(threads) : 1) < 0) exit(1);
-    pool.places = pool.size; // all take part at once, whatever number of CPUs there is
+    pool.workers = pool.size; // all take part, however many CPUs there are
 #endif
 }
 
@@ -50,6 +49,7 @@ static void golden(char **arguments, int count) {
     int vocab_size = t.config.vocab_size, samples = atoi(arguments[4]), batch = atoi(arguments[5]);
     build_sampler(&sampler, vocab_size, strtof(arguments[2], NULL), strtof(arguments[3], NULL),
                   strtoull(arguments[1], NULL, 10));
+    sampler.kernels = t.kernels;
     int n = count - 6, *tokens = calloc((size_t)n, sizeof(int));
     for (int i = 0; i < n; i++) tokens[i] = atoi(arguments[6 + i]);
 
@@ -76,21 +76,26 @@ static void golden(char **arguments, int count) {
     free_transformer(&t);
 }
 
-// What each worker reads of a matrix must be two runs of panels, without a gap.
-static void check_runs(Transformer *t) {
-    int workers = 1;
-#ifdef PARALLEL
-    workers = pool.places;
-#endif
-    QuantizedTensor *w;
-    for (int i = 0; (w = matrix_number(t, i)); i++)
-        for (int worker = 0; worker < workers; worker++) {
-            Range rows = share(w->rows, PANEL_ROWS, worker, workers);
-            int last = (rows.last + PANEL_ROWS - 1) / PANEL_ROWS;
-            for (int row = rows.first / PANEL_ROWS; row + 2 < last; row++)
-                if (w->panels[row + 2] != w->panels[row] + w->cols / GROUP)
-                    fail("window: the panels of a worker do not lie together");
-        }
+// oracle MODEL SEED TEMPERATURE TOP_P SAMPLES TOKEN...: the same by the oracle, token by token
+static void golden_oracle(char **arguments, int count) {
+    OracleModel m;
+    if (count < 6 || oracle_load(&m, arguments[0]) < 0) fail("oracle: bad arguments");
+    OracleSampler sampler = {.state = strtoull(arguments[1], NULL, 10),
+                             .temperature = strtof(arguments[2], NULL),
+                             .top_p = strtof(arguments[3], NULL)};
+    int n = count - 5, samples = atoi(arguments[4]), vocab_size = m.shape.vocab_size;
+    for (int i = 0; i < n; i++) {
+        oracle_forward(&m, atoi(arguments[5 + i]), i);
+        printf("logits %016llx\n", (unsigned long long)hash_logits(m.logits, vocab_size));
+    }
+    printf("first %a %a %a %a\n", m.logits[0], m.logits[1], m.logits[2], m.logits[3]);
+    for (int i = 0; i < samples; i++) {
+        int token = oracle_sample(&sampler, m.logits, vocab_size);
+        printf("sample %d\n", token);
+        oracle_forward(&m, token, n + i);
+    }
+    printf("final %016llx\n", (unsigned long long)hash_logits(m.logits, vocab_size));
+    oracle_free(&m);
 }
 
 // window MODEL: the logits of every token against the oracle's until the window is full, in passes
@@ -111,7 +116,6 @@ static void check_window(const char *path) {
                        (size_t)vocab_size * sizeof(float)) != 0)
                 fail("window: the logits differ from the oracle's");
     }
-    check_runs(&t);
     end_engine_threads();
     printf("%s: a window of %d tokens agrees with the oracle\n", t.kernels->name, seq_len);
     oracle_free(&oracle);
@@ -171,17 +175,25 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
     float *x = random_floats(tokens * (size_t)cols, -4, 4);
     if (random_below(2)) memset(x, 0, GROUP * sizeof(float)); // a group whose scale is 0
     if (random_below(2)) x[cols - 1] = 1e4f;                  // and one with an outlier
-    QuantizedTensor w = {.rows = rows, .cols = cols, .q = q, .s = s};
-    w.panels = oracle_alloc(count_panel_rows(&w), sizeof(Panel *));
-    for (size_t i = 0; i < count_panel_rows(&w); i++)
-        w.panels[i] = oracle_alloc(groups, sizeof(Panel));
-    pack_rows(&w, 0, rows);
-    Activations a = {.width = cols,
-                     .q = oracle_alloc(tokens * (size_t)cols, 1),
-                     .even = oracle_alloc(tokens * (size_t)cols, 1),
-                     .odd = oracle_alloc(tokens * (size_t)cols, 1),
-                     .s = oracle_alloc(tokens * groups, sizeof(float)),
-                     .sum = oracle_alloc(tokens * groups, sizeof(int32_t))};
+    QuantizedTensor w;
+    Panel *streams[STREAMS];
+    size_t count[STREAMS] = {0}, used[STREAMS] = {0};
+    place_tensor(&w, (size_t)rows, (size_t)cols, NULL, count);
+    for (int i = 0; i < STREAMS; i++) streams[i] = oracle_alloc(count[i] + 1, sizeof(Panel));
+    place_tensor(&w, (size_t)rows, (size_t)cols, streams, used);
+    // The matrix goes through a file, as a model's do.
+    ModelFile file = {.path = "matrix", .stream = tmpfile()};
+    fwrite(q, 1, weights, file.stream);
+    fwrite(s, sizeof(float), weights / GROUP, file.stream);
+    rewind(file.stream);
+    read_tensor(&file, &w, 0, 0, (size_t)rows);
+    fclose(file.stream);
+    QuantizedActivations a = {.width = (size_t)cols,
+                              .q = oracle_alloc(tokens * (size_t)cols, 1),
+                              .even = oracle_alloc(tokens * (size_t)cols, 1),
+                              .odd = oracle_alloc(tokens * (size_t)cols, 1),
+                              .s = oracle_alloc(tokens * groups, sizeof(float)),
+                              .sum = oracle_alloc(tokens * groups, sizeof(int32_t))};
     float *out = random_floats(tokens * (size_t)rows, 7, 8),
           *expected = oracle_alloc(tokens * (size_t)rows, 4);
     memcpy(expected, out,
@@ -190,28 +202,29 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
     float *xs = oracle_alloc(groups, sizeof(float));
     for (size_t token = 0; token < tokens; token++) {
         const float *values = x + token * (size_t)cols;
-        kernels->quantize(&a, (int)token, values);
+        kernels->quantize(&a, token, values);
         oracle_quantize(values, cols, xq, xs);
         expect_same("quantize, q", a.q + token * (size_t)cols, xq, (size_t)cols);
         expect_same("quantize, scale", a.s + token * groups, xs, groups * sizeof(float));
         oracle_matvec(expected + token * (size_t)rows + first, q + (size_t)first * (size_t)cols,
                       s + (size_t)first * groups, last - first, cols, xq, xs);
     }
-    if (n == 1) kernels->mat_vec_mul(out, &w, first, last, &a);
-    else kernels->mat_mat_mul(out, &w, first, last, &a, n);
+    Range range = {(size_t)first, (size_t)last};
+    if (n == 1) kernels->mat_vec_mul(out, &w, range, &a);
+    else kernels->mat_mat_mul(out, &w, range, &a, tokens);
     expect_same(n == 1 ? "mat_vec_mul" : "mat_mat_mul", out, expected,
                 tokens * (size_t)rows * sizeof(float));
-    for (size_t i = 0; i < count_panel_rows(&w); i++) free(w.panels[i]);
-    free(q), free(s), free(w.panels), free(x), free(a.q), free(a.even), free(a.odd), free(a.s),
-        free(a.sum), free(out), free(expected), free(xq), free(xs);
+    for (int i = 0; i < STREAMS; i++) free(streams[i]);
+    free(q), free(s), free(x), free(a.q), free(a.even), free(a.odd), free(a.s), free(a.sum),
+        free(out), free(expected), free(xq), free(xs);
 }
 
 // `heads` heads that share keys and values of `times` time steps, which come in two pieces, as from
 // two chunks.
 static void check_attention(const Kernels *kernels, int heads, int head_size, int times) {
-    const int piece = random_below(times / TIME_BLOCK + 1) * TIME_BLOCK;
+    const int piece = random_below(times / KEY_BLOCK + 1) * KEY_BLOCK;
     size_t hs = (size_t)head_size;
-    size_t stride = ((size_t)times + TIME_BLOCK - 1) / TIME_BLOCK * TIME_BLOCK;
+    size_t stride = ((size_t)times + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK;
     float *q = random_floats((size_t)heads * hs, -2, 2);
     float *k = random_floats((size_t)times * hs, -2, 2);
     float *values = random_floats((size_t)times * hs, -2, 2);
@@ -221,8 +234,7 @@ static void check_attention(const Kernels *kernels, int heads, int head_size, in
     float *expected = oracle_alloc(hs, 4), *weights = oracle_alloc((size_t)times, 4);
     for (size_t t = 0; t < (size_t)times; t++)
         for (size_t i = 0; i < hs; i++)
-            keys[t / TIME_BLOCK * TIME_BLOCK * hs + i * TIME_BLOCK + t % TIME_BLOCK] =
-                k[t * hs + i];
+            keys[t / KEY_BLOCK * KEY_BLOCK * hs + i * KEY_BLOCK + t % KEY_BLOCK] = k[t * hs + i];
     float *later_keys = keys + (size_t)piece * hs, *later_values = values + (size_t)piece * hs;
     kernels->score(att, stride, q, heads, head_size, keys, piece);
     kernels->score(att + piece, stride, q, heads, head_size, later_keys, times - piece);
@@ -244,7 +256,7 @@ static void check_rounding(const Kernels *kernels) {
     int16_t even[GROUP / 2], odd[GROUP / 2];
     float s[1], scale[1];
     int32_t sum[1];
-    Activations a = {.width = GROUP, .q = q, .even = even, .odd = odd, .s = s, .sum = sum};
+    QuantizedActivations a = {.width = GROUP, .q = q, .even = even, .odd = odd, .s = s, .sum = sum};
     for (uint32_t bits = 0; bits <= 0x42FE0000; bits += 37 * (GROUP - 1)) { // up to 127
         x[0] = 127;
         for (uint32_t i = 1; i < GROUP; i++) {
@@ -275,13 +287,13 @@ static void check_rounding(const Kernels *kernels) {
 
 static void check_swiglu(const Kernels *kernels, int n) {
     float *gate = random_floats((size_t)n, -30, 30), *up = random_floats((size_t)n, -3, 3);
-    float *expected = oracle_alloc((size_t)n, 4);
+    float *out = oracle_alloc((size_t)n, 4), *expected = oracle_alloc((size_t)n, 4);
     memcpy(expected, gate, (size_t)n * 4);
     gate[0] = expected[0] = -200; // e^200 is infinite
-    kernels->swiglu(gate, up, n);
+    kernels->swiglu(out, gate, up, (size_t)n);
     oracle_swiglu(expected, up, n);
-    expect_same("swiglu", gate, expected, (size_t)n * 4);
-    free(gate), free(up), free(expected);
+    expect_same("swiglu", out, expected, (size_t)n * 4);
+    free(gate), free(up), free(out), free(expected);
 }
 
 static void check_kernels(void) {
@@ -327,7 +339,7 @@ static void hash_rope(int head_size) {
                 .kv_dim = head_size};
     if (build_state(&state, &c, "rope") < 0) exit(1);
     for (int pos = 0; pos < 2048; pos++)
-        rope_table(table + pos * head_size, state.frequency, head_size, pos);
+        rope_table(table + pos * head_size, state.frequency, (size_t)head_size, (size_t)pos);
     printf("%016llx\n",
            (unsigned long long)oracle_fnv1a(table, 2048 * (size_t)head_size * sizeof(float)));
     munmap(state.memory, state.size);
@@ -347,7 +359,7 @@ static void check_exp(uint32_t step) {
             memcpy(&x[n], &this, 4);
         }
         memcpy(y, x, sizeof(y));
-        kernels->exp_minus(y, n, 0);
+        kernels->exp_minus(y, (size_t)n, 0);
         for (int i = 0; i < n; i++) {
             float right = oracle_expf(x[i]), libm = expf(x[i]);
             compared++;
@@ -365,6 +377,7 @@ static void check_exp(uint32_t step) {
 static void check_sampler(void) {
     const int sizes[] = {1, 2, 3, 17, 1000, 5000};
     const float temperatures[] = {0, 0.01f, 0.6f, 1, 100}, tops[] = {0, 0.1f, 0.9f, 0.999f, 1};
+    const Kernels *kernels = choose_kernels();
     for (int run = 0; run < 6 * 5 * 5 * 8; run++) {
         int n = sizes[run % 6], shape = run / 150;
         float *logits = random_floats((size_t)n, -8, 8), *copy = oracle_alloc((size_t)n, 4);
@@ -377,6 +390,7 @@ static void check_sampler(void) {
         Sampler s;
         OracleSampler oracle = {temperatures[run / 6 % 5], tops[run / 30 % 5], (uint64_t)run + 1};
         build_sampler(&s, n, oracle.temperature, oracle.top_p, oracle.state);
+        s.kernels = kernels;
         for (int draw = 0; draw < 4; draw++) {
             memcpy(copy, logits, (size_t)n * sizeof(float));
             int is = sample(&s, copy), should_be = oracle_sample(&oracle, logits, n);
@@ -392,27 +406,68 @@ static void check_sampler(void) {
     puts("the sampler agrees with the oracle");
 }
 
-// aside: whether a thread that finds another worker on its CPU leaves it, and may still come back
-static void check_step_aside(void) {
-#ifdef PARALLEL
-    cpu_set_t before, after;
-    bool noticed = false, gone = false;
-    start_engine_threads();
-    sched_getaffinity(0, sizeof(before), &before);
-    // The scheduler, too, may move the thread at any time, so one success is enough.
-    for (int i = 0; i < 100 && !(noticed && gone); i++) {
-        pool.seats[0].cpu = sched_getcpu(); // another worker's
-        noticed = shares_cpu(1, 2);
-        step_aside(2);
-        gone = !shares_cpu(1, 2);
-        sched_getaffinity(0, sizeof(after), &after);
-        if (!CPU_EQUAL(&before, &after)) fail("aside: the thread may not use all CPUs any more");
+// sample SEED TEMPERATURE TOP_P COUNT LOGIT...: ids drawn from the same logits again and again
+static void print_samples(char **arguments, int count) {
+    Sampler s;
+    int n = count - 4;
+    if (n < 1) fail("sample: bad arguments");
+    float *logits = oracle_alloc((size_t)n, sizeof(float));
+    build_sampler(&s, n, strtof(arguments[1], NULL), strtof(arguments[2], NULL),
+                  strtoull(arguments[0], NULL, 10));
+    for (int draw = 0; draw < atoi(arguments[3]); draw++) {
+        for (int i = 0; i < n; i++) logits[i] = strtof(arguments[4 + i], NULL);
+        printf("%d\n", sample(&s, logits));
     }
-    if (!noticed) fail("aside: two workers on one CPU are not noticed");
-    if (!gone) fail("aside: the thread is still there");
+    free_sampler(&s);
+    free(logits);
+}
+
+// expf X...: e^x of each
+static void print_exponentials(char **arguments, int count) {
+    const Kernels *kernels = choose_kernels();
+    float *x = oracle_alloc((size_t)count, sizeof(float));
+    for (int i = 0; i < count; i++) x[i] = strtof(arguments[i], NULL);
+    kernels->exp_minus(x, (size_t)count, 0);
+    for (int i = 0; i < count; i++) printf("%a\n", (double)x[i]);
+    free(x);
+}
+
+// exp_table: the bits of its entries
+static void print_exp_table(void) {
+    for (int i = 0; i < 32; i++) printf("%016llx\n", (unsigned long long)exp_table[i]);
+}
+
+// rollover DIR: a chat until the context window has rolled over some times. After each time the
+// last tokens are computed once more from the KV cache, and the logits must be those of a
+// transformer that computes what is left of the conversation from its first token.
+static void check_rollover(const char *dir) {
+    enum { LAST = 8 }; // fewer than the tokens of any turn, and more than are not in the cache yet
+    char path[4096];
+    Session s;
+    Transformer fresh;
+    Settings settings = DEFAULT_SETTINGS;
+    settings.dir = dir;
+    snprintf(path, sizeof(path), "%s/model.bin", dir);
+    if (build_session(&s, &settings) < 0 || build_transformer(&fresh, path) < 0) exit(1);
+    start_engine_threads();
+    int output = dup(STDOUT_FILENO), turns = 0;
+    if (freopen("/dev/null", "w", stdout) == NULL) fail("rollover: no /dev/null"); // the replies
+    for (int rollovers = 0, length = 0; rollovers < 2; turns++, length = s.length) {
+        const char *prompt = turns % 2 ? "Tell me a story." : "What is a thread?";
+        if (generate(&s, prompt, strlen(prompt)) < 0) fail("rollover: no reply");
+        if (s.length >= length) continue;
+        rollovers++;
+        if (s.ids[0] != s.tokenizer.im_start) fail("rollover: what is left is not whole turns");
+        int from = s.length - LAST;
+        const float *cached = forward(&s.transformer, s.ids + from, LAST, from);
+        const float *expected = forward(&fresh, s.ids, s.length, 0);
+        if (memcmp(cached, expected, (size_t)fresh.config.vocab_size * sizeof(float)) != 0)
+            fail("rollover: the KV cache does not hold the conversation");
+    }
+    dprintf(output, "%d turns\n", turns);
     end_engine_threads();
-#endif
-    puts("aside");
+    free_session(&s);
+    free_transformer(&fresh);
 }
 
 // tables: the names of the kernel tables that this machine can run, the best first
@@ -430,7 +485,7 @@ static void load_models(char **paths, int count) {
         Transformer t;
         bool loaded = build_transformer(&t, paths[i]) == 0;
         puts(loaded ? "loaded" : "refused");
-        if (loaded && t.file_size < 1 << 20) {
+        if (loaded && t.panels_size < 1 << 20) {
             int tokens[] = {0, t.config.vocab_size - 1};
             forward(&t, tokens, 1, 0);
             forward(&t, tokens, t.config.seq_len > 1 ? 2 : 1, 0);
@@ -444,7 +499,7 @@ static void load_models(char **paths, int count) {
 }
 
 // memory MODEL: the peak of the memory, once tokens from all over the vocabulary have been decoded,
-// and the size of the file, both in kB
+// and the size of the weights, both in kB
 static void measure_memory(const char *path) {
     Transformer t;
     struct rusage usage;
@@ -453,7 +508,7 @@ static void measure_memory(const char *path) {
     for (int i = 0; i < 32; i++) forward(&t, &(int){i * (t.config.vocab_size / 32)}, 1, i);
     end_engine_threads();
     getrusage(RUSAGE_SELF, &usage);
-    printf("%ld %zu\n", usage.ru_maxrss, t.file_size / 1024);
+    printf("%ld %zu\n", usage.ru_maxrss, t.panels_size / 1024);
     free_transformer(&t);
 }
 
@@ -468,19 +523,21 @@ static void print_classes(const char *path, int vocab_size) {
 int main(int argc, char **argv) {
     const char *command = argc > 1 ? argv[1] : "";
     if (strcmp(command, "golden") == 0) golden(argv + 2, argc - 2);
+    else if (strcmp(command, "oracle") == 0) golden_oracle(argv + 2, argc - 2);
+    else if (strcmp(command, "rollover") == 0 && argc == 3) check_rollover(argv[2]);
+    else if (strcmp(command, "sample") == 0) print_samples(argv + 2, argc - 2);
+    else if (strcmp(command, "expf") == 0) print_exponentials(argv + 2, argc - 2);
+    else if (strcmp(command, "exp_table") == 0) print_exp_table();
     else if (strcmp(command, "window") == 0 && argc == 3) check_window(argv[2]);
     else if (strcmp(command, "encode") == 0 && argc == 4) encode_texts(argv[2], atoi(argv[3]));
     else if (strcmp(command, "classes") == 0 && argc == 4) print_classes(argv[2], atoi(argv[3]));
     else if (strcmp(command, "load") == 0) load_models(argv + 2, argc - 2);
     else if (strcmp(command, "memory") == 0 && argc == 3) measure_memory(argv[2]);
     else if (strcmp(command, "tables") == 0) print_tables();
-    else if (strcmp(command, "aside") == 0) check_step_aside();
     else if (strcmp(command, "kernels") == 0) check_kernels();
     else if (strcmp(command, "rope") == 0 && argc == 3) hash_rope(atoi(argv[2]));
     else if (strcmp(command, "exp") == 0 && argc == 3) check_exp((uint32_t)atoi(argv[2]));
     else if (strcmp(command, "sampler") == 0) check_sampler();
-    else
-        fail("Usage: probe "
-             "golden|window|encode|classes|load|memory|tables|aside|kernels|rope|exp|sampler ...");
+    else fail("Usage: probe COMMAND ...; each command is described above its function");
     return 0;
 }

@@ -1,16 +1,6 @@
-#!/usr/bin/env python3
-"""SmolLM's tokenizer in its plainest form, for the C one to be compared with.
-
-    python3 reference_tokenizer.py TOKENIZER.BIN <text       prints the ids of the text
-    python3 reference_tokenizer.py TOKENIZER.BIN CASES.JSON  checks [text, ids] pairs
-
-Without arguments the tokenizer is $SMOLLM_DIR/tokenizer.bin.
-"""
-import json
-import os
+"""SmolLM's tokenizer in its plainest form, for the C one to be compared with."""
 import re
 import struct
-import sys
 import unicodedata
 
 from make_unicode import WHITE_SPACE
@@ -24,7 +14,7 @@ STAND_IN_LETTER, STAND_IN_NUMBER, STAND_IN_SPACE, STAND_IN_OTHER = "A0\t#"
 
 
 def characters(data):
-    """The bytes as a list of pairs: a character's bytes, and itself or its ASCII stand-in."""
+    """Pairs of a character's bytes and the character itself or its ASCII stand-in."""
     # "surrogateescape" turns each byte that is not part of valid UTF-8 into a surrogate of its own,
     # whose category Cs is neither letter nor number; back again it is the same byte.
     for char in data.decode("utf-8", "surrogateescape"):
@@ -43,7 +33,7 @@ def characters(data):
 
 
 def cut(data):
-    """The pieces of a text, within which bytes are merged; joined they are the text again."""
+    """Pre-tokenize: the pieces of a text, within which bytes are merged."""
     chars = list(characters(data))
     pieces, start = [], 0
     for stretch in NUMERIC.split("".join(stand_in for _, stand_in in chars)):
@@ -70,7 +60,7 @@ class Tokenizer:
             self.texts.append(text)
 
     def merge(self, piece):
-        """The ids of one piece: its bytes, of which the best pair is merged again and again."""
+        """Byte-level BPE: the ids of one piece, whose best pair is merged again and again."""
         parts = [piece[i:i + 1] for i in range(len(piece)) if piece[i:i + 1] in self.tokens]
         while True:
             best = None
@@ -86,34 +76,3 @@ class Tokenizer:
     def encode(self, data):
         """The ids of a plain text, given as bytes."""
         return [token for piece in cut(data) for token in self.merge(piece)]
-
-
-def mismatches(tokenizer, cases):
-    """Of [text, ids] pairs those for which encode() gives other ids, with what it gives."""
-    for text, ids in cases:
-        got = tokenizer.encode(text.encode("utf-8"))
-        if got != ids:
-            yield text, ids, got
-
-
-def main():
-    args = sys.argv[1:]
-    if not args and os.environ.get("SMOLLM_DIR"):
-        args = [os.path.join(os.environ["SMOLLM_DIR"], "tokenizer.bin")]
-    if not 1 <= len(args) <= 2:
-        raise SystemExit(__doc__.strip())
-    tokenizer = Tokenizer(args[0])
-    if len(args) == 1:
-        print(*tokenizer.encode(sys.stdin.buffer.read()))
-        return
-    with open(args[1], encoding="utf-8") as file:
-        cases = json.load(file)
-    wrong = list(mismatches(tokenizer, cases))
-    for text, ids, got in wrong:
-        print(f"{text!r}\n  expected {ids}\n  got      {got}")
-    print(f"{len(cases) - len(wrong)} of {len(cases)} texts have the expected ids")
-    sys.exit(1 if wrong else 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -21,13 +21,12 @@ import time
 import unittest
 from pathlib import Path
 
-from models import model_file
+from artifacts import EMULATOR, TESTS, TOP, model_file
 
-TESTS = Path(__file__).resolve().parent
-TOP = TESTS.parent
 TINY = TESTS / "tiny"
 MAIN = TOP / "main"
 INFERENCE = TOP / "inference"
+PARALLEL = TOP / "parallel"
 
 PATIENCE = 30  # seconds until a wait has failed; only a broken program ever waits that long
 AT_ONCE = 2    # seconds; what a loaded machine may need for what takes no time
@@ -38,7 +37,7 @@ LOG_LINE = re.compile(
     r"\[policy\] (?P<policy>SCHED_[A-Z]+) \[nice\] (?P<nice>-?\d+) \[vsize\] (?P<vsize>\d+) "
     r"\[task_cpu\] (?P<task_cpu>\d+) \[utime\] (?P<utime>\d+) \[stime\] (?P<stime>\d+) "
     r"\[cpu%\] (?P<cpu>\d+\.\d\d)%")
-INFO_LINE = re.compile(r"\[INFO\] SEQ LEN: (\d+), Speed: (\d+(?:\.\d+)?) tok/s\n")
+INFO_LINE = re.compile(r"\[INFO\] SEQ LEN: (\d+), Speed: (\d+\.\d{4}) tok/s\n")
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SET_CHILD_SUBREAPER = 36
@@ -102,7 +101,8 @@ class Session:
 
     def __init__(self, *command, terminal=False, errors_to_terminal=False, prepare=None,
                  cwd=TOP, env=None):
-        self.command = [str(word) for word in command]
+        emulator = EMULATOR if Path(command[0]).name in ("inference", "parallel") else []
+        self.command = [str(word) for word in (*emulator, *command)]
         self.terminal = terminal
         self.output = b""
         self.mark = 0
@@ -116,7 +116,8 @@ class Session:
             os.set_blocking(self.input, False)
 
         def before_exec():
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            for number in (signal.SIGINT, signal.SIGHUP):  # which nohup(1), for one, ignores
+                signal.signal(number, signal.SIG_DFL)
             if terminal:
                 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
             if prepare:
@@ -164,6 +165,10 @@ class Session:
                     self.fail(f"ended without {text!r}")
             self.mark = self.output.find(wanted, self.mark) + len(wanted)
         return self.output[start:self.mark].decode(errors="replace").replace("\r\n", "\n")
+
+    def read_more(self):
+        """Wait for more output; false at its end."""
+        return self._receive(time.monotonic() + PATIENCE)
 
     def wait_for_log_lines(self, more):
         """Wait until the log has grown by so many lines."""
@@ -375,6 +380,15 @@ class SessionTestCase(unittest.TestCase):
         session = self.start(main, *options, **keywords)
         session.release = lambda name: (main.parent / name).touch()
         return session
+
+    def assert_error_line(self, session, status, *words):
+        """The session has ended with this exit status and printed one line of errors, which
+        contains these words.
+        """
+        self.assertEqual(session.status, status, session.text + session.errors)
+        self.assertRegex(session.errors, r"\A[^\n]+\n\Z")
+        for word in words:
+            self.assertIn(word, session.errors)
 
     def assert_ends(self, session, status, said):
         """It ends with this exit status, its last line "Child exited with <said>"."""

@@ -5,61 +5,77 @@ import subprocess
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 
-from support import INFERENCE, PATIENCE, TINY, TOP, SessionTestCase, replies
+from artifacts import COMPILER, TOP
+from support import PATIENCE, TINY, SessionTestCase, replies
 
 BUILDS = (("inference", "inference.c", "-O3", "-lm"), ("main", "main.c"),
           ("parallel", "parallel.c", "-O2", "-lm", "-lpthread"))
 TOP_LEVEL = {"Makefile", "README.md", "common.h", "model.h", "main.c", "inference.c", "parallel.c",
              "avg_cpu_use.py", "tests", ".gitignore", ".clang-format", ".ci"}
-# x86 and ARM instructions that round once where the recipe of the numbers rounds twice
-FUSED = re.compile(r"\b(vfn?m(add|sub)\w*|fn?m(add|sub)|fml[as])\b")
+# x86, ARM and RISC-V instructions that round once where the recipe of the numbers rounds twice
+FUSED = re.compile(r"\b(vfn?m(add|sub|a|s)\w*|fn?m(add|sub)(\.[sd])?|fml[as]\w*)\b")
+PROMPTS = ("My name is Zelda.", "What is a pipe?", "What is my name?")
+REPLIES = [  # with seed 42, and SEQ LEN after each
+    ("Hello Zelda! How can I help you?\n", 30),
+    ("A pipe is a one-way channel inside the kernel. What is written to the write end can be read "
+     "from the read end, in the same order. The reader sees end of file when all write ends are "
+     "closed.\n", 109),
+    ("Your name is Zelda.\n", 132)]
 
 
 class BuildTest(SessionTestCase):
     def output_of(self, *command, cwd=TOP):
-        """What a command says on stdout and stderr; it must succeed."""
+        """What a command prints on stdout and stderr; it must succeed."""
         result = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                 universal_newlines=True, timeout=2 * PATIENCE)
         self.assertEqual(result.returncode, 0, result.stdout)
         return result.stdout
 
-    def build(self, compiler):
-        """The programs that the one-line builds make of a copy of the sources."""
+    def build(self, *compiler):
+        """The programs that the one-line builds make of a copy of the sources, without a warning.
+        """
         folder = self.folder()
         for source in TOP.glob("*.[ch]"):
             shutil.copy(source, folder)
-        present = [build for build in BUILDS if (folder / build[1]).exists()]
+
+        def compile_one(build):
+            return self.output_of(*compiler, "-Wall", "-Wextra", "-o", *build, cwd=folder)
         with ThreadPoolExecutor() as pool:
-            said = pool.map(lambda build: self.output_of(compiler, "-Wall", "-Wextra", "-o", *build,
-                                                         cwd=folder), present)
-        self.assertEqual("".join(said), "")
-        return [folder / build[0] for build in present]
+            self.assertEqual("".join(pool.map(compile_one, BUILDS)), "")
+        return {build[0]: folder / build[0] for build in BUILDS}
 
-    def assert_good_build(self, compiler):
-        """No warning, the text of the Makefile's engine, and no fused multiply-add."""
-        if not shutil.which(compiler):
-            self.skipTest(f"{compiler} is not installed")
-        programs = self.build(compiler)
-        said = "My name is Zelda.\nTell me a story.\nWhat is my name?\n"
-        expected = self.run_to_end(INFERENCE, "-d", TINY, 42, said=said)
-        for program in programs:
-            threads = (2,) if program.name == "parallel" else ()
-            session = self.run_to_end(program, "-d", TINY, *threads, 42, said=said)
-            self.assertEqual(replies(session.text), replies(expected.text))
-            self.assertEqual((session.status, len(replies(session.text))), (0, 3))
-        if not shutil.which("objdump"):
-            self.skipTest("objdump is not installed: fused multiply-adds were not looked for")
-        for program in programs:
-            code = self.output_of("objdump", "-d", "--no-show-raw-insn", program)
-            self.assertIsNone(FUSED.search(code), program)
+    def assert_good_builds(self, *compiler):
+        """The one-line builds of this compiler give the same text as all others, and have no fused
+        multiply-add.
+        """
+        if not shutil.which(compiler[0]):
+            self.skipTest(f"{compiler[0]} is not installed")
+        programs = self.build(*compiler)
+        for name, threads in (("inference", ()), ("parallel", (2,))):
+            session = self.run_to_end(programs[name], "-d", TINY, *threads, 42, *PROMPTS)
+            self.assertEqual((session.status, session.errors), (0, ""))
+            self.assertEqual(replies(session.text), REPLIES)
+        self.assert_nothing_fused(*compiler)
 
-    def test_the_one_line_builds_of_gcc(self):
-        """They compile without a warning and give the same text as the Makefile's."""
-        self.assert_good_build("gcc")
+    def assert_nothing_fused(self, *compiler):
+        """In the object files, as a static libm has fused multiply-adds of its own."""
+        objdump = re.sub("(gcc|clang)$", "objdump", compiler[0])
+        if not shutil.which(objdump):
+            self.skipTest(f"{objdump} is not installed: fused multiply-adds were not looked for")
+        for program, source, *options in BUILDS:
+            object_file = self.folder() / f"{program}.o"
+            options = [option for option in options if not option.startswith("-l")]
+            self.output_of(*compiler, *options, "-c", "-o", object_file, TOP / source)
+            code = self.output_of(objdump, "-d", "--no-show-raw-insn", object_file)
+            self.assertIsNone(FUSED.search(code), source)
+
+    def test_the_one_line_builds_of_CC(self):
+        """gcc's, or those of the compiler that the environment names."""
+        self.assert_good_builds(*COMPILER)
 
     def test_the_one_line_builds_of_clang(self):
         """Likewise."""
-        self.assert_good_build("clang")
+        self.assert_good_builds("clang")
 
     def test_the_top_level_holds_what_the_design_names(self):
         """No other file or folder stands beside the programs."""

@@ -1,9 +1,13 @@
 """Whole conversations with the tiny model, over pipes and in a pseudo-terminal."""
+import fcntl
 import os
 import re
+import time
 import unittest
+from itertools import cycle, islice
 
-from support import INFERENCE, INFO_LINE, MAIN, TINY, SessionTestCase, replies
+from artifacts import model_file, write_tokenizer
+from support import F_SETPIPE_SZ, INFERENCE, INFO_LINE, MAIN, TINY, SessionTestCase, replies
 
 GREETING = "Hello Zelda! How can I help you?"
 MEMORY = (("My name is Zelda.", GREETING), ("What is a mutex?", "A mutex is a lock that"),
@@ -78,12 +82,95 @@ class ConversationTest(SessionTestCase):
                                            said="Tell me a story.\n")
                 self.assertEqual(replies(one_more.text)[0][1], length + 1)
 
-    def test_replies_have_no_control_characters(self):
-        """Noise, too, is printed without control characters, and as whole UTF-8 characters."""
-        session = self.run_to_end(MAIN, "-d", self.noise_model(), "-m", 100, "-t", 2, 42,
-                                  said="Hello!\n")
-        session.output.decode()
-        self.assertNotRegex(session.text, r"[\x00-\x08\x0b-\x1f\x7f]")
+
+class ReplyTest(SessionTestCase):
+    """Replies of a small model with random weights, whose tokens have the texts of a test."""
+    MODEL = "--dim 64 --hidden 64 --layers 1 --heads 1 --kv-heads 1 --vocab 1024 --seq-len 256 " \
+            "--own-classifier"
+
+    def start_model(self, texts, *options):
+        folder = self.folder()
+        (folder / "model.bin").symlink_to(model_file(self.MODEL))
+        tokens = [b"<|im_start|>", b"<|im_end|>", *islice(cycle(texts), 1022)]
+        write_tokenizer(folder / "tokenizer.bin", [(text, 0) for text in tokens])
+        return self.start(INFERENCE, "-d", folder, *options, 42)
+
+    def replies(self, texts, *options, prompts=1):
+        session = self.start_model(texts, *options)
+        session.send("Hello!\n" * prompts)
+        session.end_input()
+        self.assertEqual((session.finish(), session.errors), (0, ""))
+        return replies(session.output.decode())
+
+    def reply(self, texts, *options):
+        (reply, _), = self.replies(texts, *options)
+        return reply
+
+    def test_control_characters_are_left_out(self):
+        """A terminal would obey them, U+0080 to U+009F as well. Newline and tab stay."""
+        controls = [chr(code).encode() for code in (0, 7, 13, 27, 127, *range(0x80, 0xA0))]
+        parts_of_one = [b"\xc2", b"\x9b"]
+        good = [text.encode() for text in ("a", "\t", "\n", "\u00a0", "\u00e9", "\U0001F600")]
+        reply = self.reply(controls + parts_of_one + good, "-t", 100, "-m", 200)
+        self.assertNotRegex(reply, r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+        for text in good:
+            self.assertIn(text.decode(), reply)
+
+    def test_what_is_not_utf_8_is_left_out(self):
+        """Stray bytes, overlong forms, surrogates and what is beyond U+10FFFF; characters whose
+        bytes come from several tokens are whole.
+        """
+        bad = [b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe0\x80\x80"]
+        reply = self.reply([*bad, b"\xe2\x82", b"\xac", b"a"], "-t", 100, "-m", 250)
+        self.assertEqual(set(reply) - {"\n"}, {"a", "\u20ac"})
+
+    def test_every_control_token_ends_a_reply(self):
+        """An empty reply is an empty line."""
+        self.assertEqual(self.reply([b"<|stop|>", b"<eos>"]), "\n")
+
+    def test_what_only_resembles_a_control_token_is_printed(self):
+        """Such a token has letters between its angle brackets."""
+        self.assertRegex(self.reply([b"<3>", b"<>"], "-m", 20), r"\A(<3>|<>)+\n\Z")
+
+    def test_long_replies_fill_the_window(self):
+        """Each one makes room for the next, to the last position, and the chat never ends."""
+        lengths = [length for _, length in self.replies([b"a", b"\n"], "-t", 0, "-m", 2000,
+                                                        prompts=6)]
+        self.assertEqual((len(lengths), max(lengths)), (6, 256))
+
+    def test_a_reply_is_streamed(self):
+        """Its first bytes arrive while the rest is computed."""
+        session = self.start(INFERENCE, "-d", self.noise_model(), "-t", 2, "-m", 500, 42, "Hello!")
+        session.read_more()
+        self.assertNotIn("[INFO]", session.text)
+
+    def test_the_speed(self):
+        """It is 1 token in the time between the two tokens of this reply. The engine computes the
+        second one after it has written all of the first one, which is longer than the pipe.
+        """
+        session = self.start_model([b"x" * 10_000], "-t", 0, "-m", 2)
+        fcntl.fcntl(session.reply, F_SETPIPE_SZ, 4096)
+        started = time.monotonic()
+        session.send("Hello!\n")
+        session.read_more()
+        after_first_token = time.monotonic()
+        time.sleep(1)
+        before_second_token = time.monotonic()
+        session.read_until("tok/s\n")
+        ended = time.monotonic()
+        self.assertEqual(session.text.count("x"), 20_000)
+        speed = float(INFO_LINE.search(session.text)[2])
+        self.assertLessEqual(speed, 1 / (before_second_token - after_first_token))
+        self.assertGreaterEqual(speed, 1 / (ended - started))
+
+    def test_the_speed_does_not_count_the_prompt(self):
+        """A prompt of a thousand tokens takes nearly all of the time, and its reply of two is not
+        slow for that.
+        """
+        started = time.monotonic()
+        session = self.run_to_end(INFERENCE, "-d", self.noise_model(), "-m", 2, 42, "7" * 1000)
+        seconds = time.monotonic() - started
+        self.assertLess(1 / float(INFO_LINE.search(session.text)[2]), seconds / 2)
 
 
 class ReproducibilityTest(SessionTestCase):
@@ -184,8 +271,16 @@ class InputTest(SessionTestCase):
         session = self.chat(42)
         session.read_until(">>> ")
         session.send("7" * LONGEST + "\n")  # a token per digit, in a window of 1024
-        self.assertRegex(session.read_until(">>> "), r"(?i)window|context")
+        tokens, window = re.search(r"(\d+) tokens.*window\D*(\d+)", session.read_until(">>> ")).groups()
+        self.assertEqual(int(window), 1024)
+        template = int(tokens) - LONGEST
         self.assertEqual(session.ask(PROMPTS[0]), GREETING + "\n")
+        # The longest prompt leaves room for a token of the reply, <|im_end|> and a newline.
+        longest = 1024 - template - 3
+        session.send("7" * (longest + 1) + "\n")
+        self.assertIn(f" {longest + 1 + template} tokens", session.read_until(">>> "))
+        session.ask("7" * longest)
+        self.assertIn(replies(session.text)[-1][1], (1023, 1024))
 
     def test_a_long_prompt_that_fits_the_window_is_answered(self):
         """4095 bytes need not be many tokens."""
@@ -210,26 +305,28 @@ class InputTest(SessionTestCase):
 class WindowTest(SessionTestCase):
     def test_a_full_window_drops_the_oldest_turns_and_says_so(self):
         """The chat goes on within the window of 1024, and recent facts are still known."""
+        prompts = cycle(("My name is Zelda.", "What is a thread?", "What is my name?"))
         session = self.chat("-t", 0, 42)
         session.read_until(">>> ")
-        rollovers = 0
+        turns = rollovers = 0  # turns in the window
         while rollovers < 3:
-            self.assertIn("Zelda", session.ask("My name is Zelda."))
-            said = session.ask("What is a thread?")
+            prompt = next(prompts)
+            reply = session.ask(prompt)
+            rollover = re.search(r"oldest (\d+) of (\d+) turns", reply)
+            if rollover:
+                dropped, before = map(int, rollover.groups())
+                self.assertEqual(before, turns)
+                self.assertIn(dropped, range(1, turns))
+                turns -= dropped
+                rollovers += 1
+            turns += 1
+            if prompt == "What is my name?":
+                self.assertIn("Your name is Zelda.", reply)
             lengths = [length for _, length in replies(session.text)]
             self.assertLessEqual(max(lengths), 1024)
             self.assertLess(len(lengths), 200, "the window never gets full")
-            if re.search(r"oldest.* dropped", said):
-                rollovers += 1
-                self.assertIn("Your name is Zelda.", session.ask("What is my name?"))
         session.end_input()
         self.assert_ends(session, 0, "0")
-
-    def test_a_chat_of_long_replies_never_ends(self):
-        """Replies as long as the window make room for each other."""
-        session = self.run_to_end(MAIN, "-d", TINY, "-m", 2000, "-t", 3, 42, said="Hello!\n" * 6)
-        self.assertEqual(len(replies(session.text)), 6)
-        self.assertEqual(session.status, 0)
 
 
 class ByHandTest(SessionTestCase):

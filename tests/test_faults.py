@@ -8,7 +8,7 @@ import time
 import unittest
 from pathlib import Path
 
-from models import BUILD
+from artifacts import BUILD
 from support import (INFERENCE, MAIN, PATIENCE, TESTS, TINY, SessionTestCase, replies,
                      wait_until)
 

@@ -1,16 +1,11 @@
-"""The log that main writes on stderr, and avg_cpu_use.py that reads it."""
+"""The log that main writes on stderr."""
 import os
-import random
 import signal
 import subprocess
-import sys
 import time
 import unittest
 
-from support import MAIN, PATIENCE, TINY, TOP, SessionTestCase
-
-GOOD_LINE = ("[pid] 647017 [tcomm] (inference) [state] R [policy] SCHED_OTHER [nice] 0 "
-             "[vsize] 358088704 [task_cpu] 4 [utime] 10 [stime] 3 [cpu%] {}%\n")
+from support import MAIN, TINY, SessionTestCase
 
 
 class LogTest(SessionTestCase):
@@ -145,70 +140,6 @@ class LogTest(SessionTestCase):
         session.read_until(">>> ", ">>> ")
         for line in session.log_lines:
             self.assertLess(float(line["cpu"]), 20)
-
-
-class AverageTest(SessionTestCase):
-    def average(self, *arguments):
-        return subprocess.run([sys.executable, TOP / "avg_cpu_use.py", *arguments],
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              universal_newlines=True, timeout=PATIENCE)
-
-    def average_of(self, content):
-        log = self.folder() / "log"
-        log.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return self.average(log)
-
-    def assert_average(self, result, average):
-        self.assertEqual(result.stdout, f"average cpu usage: {average}%\n")
-        self.assertEqual((result.returncode, result.stderr), (0, ""))
-
-    def assert_refused(self, result, *words):
-        self.assertEqual((result.returncode, result.stdout), (1, ""))
-        self.assertRegex(result.stderr, r"\A[^\n]+\n\Z")
-        for word in words:
-            self.assertIn(word, result.stderr)
-
-    def test_the_log_of_a_session_is_averaged(self):
-        """What main wrote is what avg_cpu_use.py reads."""
-        session = self.run_to_end(MAIN, "-d", "tests/tiny", 42, said="Hello!\nHow are you?\n")
-        uses = [float(line["cpu"]) for line in session.log_lines]
-        self.assertGreaterEqual(len(uses), 2)
-        self.assert_average(self.average_of(session.errors), f"{sum(uses) / len(uses):.2f}")
-
-    def test_the_average_is_printed_with_two_digits(self):
-        """average cpu usage: 98.76%"""
-        self.assert_average(self.average_of(GOOD_LINE.format("98.76")), "98.76")
-        three = "".join(map(GOOD_LINE.format, ("100.00", "0.00", "300.01")))
-        self.assert_average(self.average_of(three), "133.34")
-
-    def test_other_lines_are_skipped(self):
-        """Messages, garbage and a line that is cut short do not count."""
-        mixed = (b"main: something happened, 50%\n\xff\0\x80 [cpu%] 7.00%\n"
-                 + GOOD_LINE.format("40.00").encode() + b"\n[pid] 12 [tcomm] (inf"
-                 + b"\n" + GOOD_LINE.format("60.00").encode() + b"[cpu%] 1.00%\n")
-        self.assert_average(self.average_of(mixed), "50.00")
-
-    def test_a_file_without_a_log_line_is_refused(self):
-        """One line on stderr names the file and says what a log is; exit status 1."""
-        noise = bytes(random.Random(1).getrandbits(8) for _ in range(100_000))
-        for name, content in (("empty", b""), ("foreign", b"Dear diary,\n50%\n"),
-                              ("binary", noise)):
-            with self.subTest(name):
-                self.assert_refused(self.average_of(content), "/log", "2>log")
-
-    def test_a_file_that_cannot_be_read_is_refused(self):
-        """One line on stderr names the file and the cause; exit status 1."""
-        folder = self.folder()
-        self.assert_refused(self.average(folder / "none"), "none", "No such file")
-        self.assert_refused(self.average(folder), str(folder), "directory")
-
-    def test_wrong_usage_is_told(self):
-        """Usage on stderr, exit status 2."""
-        for arguments in ((), ("log", "another"), ("--bad", "log")):
-            with self.subTest(arguments):
-                result = self.average(*arguments)
-                self.assertEqual((result.returncode, result.stdout), (2, ""))
-                self.assertIn("usage:", result.stderr)
 
 
 if __name__ == "__main__":

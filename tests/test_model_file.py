@@ -5,12 +5,14 @@ import itertools
 import os
 import random
 import resource
+import shutil
+import signal
 import struct
 import unittest
 
-from models import model_file
-from probes import RefusalTestCase, kernel_tables, probe, probe_lines
-from support import INFERENCE, TINY
+from artifacts import model_file
+from probes import BadFileTestCase, kernel_tables, probe, probe_lines
+from support import INFERENCE, MAIN, TINY, SessionTestCase, wait_until
 
 HEADER = "<Ii7iBi"  # as in GOOD
 FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
@@ -55,7 +57,7 @@ def is_sound(c):
             and all(c[name] == GOOD[name] for name in ("magic", "version", "group_size")))
 
 
-class HostileFileTest(RefusalTestCase):
+class HostileFileTest(BadFileTestCase):
     def setUp(self):
         self.hostile = self.folder()
         self.paths = []
@@ -69,69 +71,68 @@ class HostileFileTest(RefusalTestCase):
         self.paths.append(path)
 
     def load_all(self):
-        """Pairs of whether a file was loaded and, if not, its line; none does any harm."""
+        """For each file, whether it was loaded, while none did any harm."""
         result = probe("load", *self.paths)
-        said, lines = result.stdout.decode().split(), result.stderr.decode().splitlines()
-        self.assertEqual((result.returncode, len(said)), (0, len(self.paths) + 1), lines[-30:])
-        self.assertLess(int(said.pop()), MEMORY_LIMIT)
-        loaded = [word == "loaded" for word in said]
-        self.assertEqual(len(lines), loaded.count(False), "one line for each that is refused")
-        results = [(each, None if each else lines.pop(0)) for each in loaded]
-        for path, (_, line) in zip(self.paths, results):
-            if line and "not enough memory" in line:  # of a window that is allowed, but vast
-                self.assertIn(str(path), line)
-            elif line:
-                self.assert_refusal(line, path)
-        return results
+        words, lines = result.stdout.decode().split(), result.stderr.decode().splitlines()
+        self.assertEqual((result.returncode, len(words)), (0, len(self.paths) + 1), lines[-30:])
+        self.assertLess(int(words.pop()), MEMORY_LIMIT)
+        loaded = [word == "loaded" for word in words]
+        self.assertEqual(len(lines), loaded.count(False), "one line for each that is rejected")
+        rejected = [path for path, each in zip(self.paths, loaded) if not each]
+        for path, line in zip(rejected, lines):
+            vast = "not enough memory" in line  # a context window that is allowed, but vast
+            for word in (str(path), *(() if vast else self.ADVICE)):
+                self.assertIn(word, line)
+        return loaded
 
-    def assert_all_refused(self, *hints):
-        """Each file is refused; hints name them in a failure."""
-        for hint, (loaded, _) in zip(hints, self.load_all()):
+    def assert_all_rejected(self, *hints):
+        """Each file is rejected; hints name them in a failure."""
+        for hint, loaded in zip(hints, self.load_all()):
             self.assertFalse(loaded, hint)
 
-    def assert_headers_refused(self, *changes, sized=True):
+    def assert_headers_rejected(self, *changes, sized=True):
         """Changes of the good header's fields, each in a file of the size that it announces."""
         for change in changes:
             config = {**GOOD, **change}
             self.add(header_of(config), layout(config if sized else GOOD)["end"])
-        self.assert_all_refused(*changes)
+        self.assert_all_rejected(*changes)
 
     def test_good_files(self):
-        """What the other tests make worse is loaded as it is, with its own classifier as well."""
+        """The files that the other tests change load as they are, with their own classifier too."""
         for shared in (0, 1):
             config = {**GOOD, "shared_classifier": shared}
             self.add(header_of(config), layout(config)["end"])
-        self.assertEqual(self.load_all(), [(True, None)] * 2)
+        self.assertEqual(self.load_all(), [True] * 2)
 
     def test_any_other_shared_classifier_means_yes(self):
-        """The byte is a truth value, as in llama2.c; a file without a classifier must say so."""
+        """The byte is a boolean, as in llama2.c; 0 demands a classifier in the file."""
         for shared in (2, 128, 255):
             self.add(header_of({**GOOD, "shared_classifier": shared}), layout(GOOD)["end"])
         self.add(header_of({**GOOD, "shared_classifier": 0}), layout(GOOD)["end"])
-        self.assertEqual([loaded for loaded, _ in self.load_all()], [True, True, True, False])
+        self.assertEqual(self.load_all(), [True, True, True, False])
 
     def test_foreign_formats(self):
-        """Another magic number, version or group size is refused, whatever the size."""
-        self.assert_headers_refused(
+        """Another magic number, version or group size is rejected, whatever the size."""
+        self.assert_headers_rejected(
             {"magic": 0x616B3431}, {"magic": 0}, {"magic": 0x3234_6B61}, {"version": 1},
             {"version": 3}, {"version": 0}, {"version": -2}, {"group_size": 32}, {"group_size": 0},
             {"group_size": -1}, {"group_size": 128}, {"group_size": -64}, {"group_size": INT_MAX})
 
     def test_fields_out_of_range(self):
-        """No field may be zero, negative or beyond all reason."""
-        self.assert_headers_refused(*({field: value} for field in FIELDS
+        """No field may be zero, negative or beyond its limit."""
+        self.assert_headers_rejected(*({field: value} for field in FIELDS
                                       for value in (0, -1, -64, INT_MIN, INT_MAX)), sized=False)
 
     def test_fields_that_do_not_divide(self):
-        """Groups of 64, heads that share keys evenly and an even head size are asked for."""
-        self.assert_headers_refused(
+        """Widths must be multiples of 64, KV heads divide the heads, and the head size be even."""
+        self.assert_headers_rejected(
             {"dim": 64 + 32}, {"dim": 32}, {"dim": 129}, {"hidden_dim": 100}, {"hidden_dim": 63},
             {"n_heads": 3, "n_kv_heads": 1}, {"n_heads": 6, "n_kv_heads": 3}, {"n_kv_heads": 3},
             {"n_kv_heads": 8}, {"n_heads": 128, "n_kv_heads": 1}, {"n_heads": 256, "n_kv_heads": 1},
             {"dim": 192, "n_heads": 64, "n_kv_heads": 2})
 
     def test_products_that_overflow(self):
-        """A file is refused whose size is the announced one only in 32 bits or in 64."""
+        """A file is rejected whose size is the announced one only in 32 bits or in 64."""
         changes = ({"vocab_size": 1 << 24, "dim": 4096}, {"vocab_size": 1 << 30, "dim": 64},
                    {"dim": 65536, "hidden_dim": 65536, "n_layers": 1024},
                    {"dim": 1 << 30, "hidden_dim": 1 << 30, "n_layers": 1 << 30},
@@ -143,19 +144,19 @@ class HostileFileTest(RefusalTestCase):
             for wrapped in {end % 2 ** 31, end % 2 ** 32, end % 2 ** 64} - {end}:
                 self.add(header_of(config), min(max(wrapped, 256), SPARSE_MAX))
                 hints.append(change)
-        self.assert_all_refused(*hints)
+        self.assert_all_rejected(*hints)
 
     def test_wrong_sizes(self):
-        """A file that is not of exactly the announced size is refused, a huge one too."""
+        """A file that is not of exactly the announced size is rejected, a huge one too."""
         end = layout(GOOD)["end"]
         sizes = (256, 257, end // 2, end - 4, end - 1, end + 1, end + 4, 2 * end, 1 << 32,
                  (1 << 32) + end, SPARSE_MAX)
         for size in sizes:
             self.add(header_of(GOOD), size)
-        self.assert_all_refused(*sizes)
+        self.assert_all_rejected(*sizes)
 
-    def test_an_honest_giant(self):
-        """A file of a terabyte that announces just that is loaded or refused, but not read."""
+    def test_a_huge_model(self):
+        """A file of a terabyte whose header announces it is loaded or rejected, but not read."""
         config = {**GOOD, "dim": 65536, "hidden_dim": 65536, "n_layers": 1, "vocab_size": 1 << 23}
         self.add(header_of(config), layout(config)["end"])
         config = {**GOOD, "n_layers": 1024, "seq_len": 1 << 20}
@@ -184,7 +185,7 @@ class HostileFileTest(RefusalTestCase):
                       "shared_classifier": rng.randrange(2)}
             configs.append(config)
             self.add(header_of(config), min(layout(config)["end"], SPARSE_MAX))
-        results = [loaded for loaded, _ in self.load_all()]
+        results = self.load_all()
         for config, path, loaded in zip(configs, self.paths, results):
             if loaded:
                 self.assertTrue(is_sound(config), config)
@@ -193,29 +194,29 @@ class HostileFileTest(RefusalTestCase):
         self.assertGreater(results.count(False), 20)
 
 
-class EngineTest(RefusalTestCase):
-    """./inference with a model.bin beside the tiny model's tokenizer.bin."""
+class EngineTest(BadFileTestCase):
+    """./inference with a bad model.bin beside the tiny model's tokenizer.bin."""
 
     def setUp(self):
         self.path = self.folder() / "model.bin"
         (self.path.parent / "tokenizer.bin").symlink_to(TINY / "tokenizer.bin")
         self.good = (TINY / "model.bin").read_bytes()
 
-    def test_what_is_no_regular_file(self):
-        """A model that is missing, a folder, a device or a pipe is refused."""
+    def test_other_than_regular_files(self):
+        """A model that is missing, a folder, a device or a pipe is rejected."""
         self.assert_only_regular_files(self.path)
 
     def test_foreign_and_incomplete_files(self):
-        """So is a file that is empty, too short for a header, cut, too long or something else."""
+        """A file that is empty, shorter than a header, cut, too long or of another kind is rejected."""
         good = self.good
         for content in (b"", good[:1], good[:255], good[:256], good[:len(good) // 2], good[:-1],
                         good + b"\0", bytes(1000), b"\x89PNG\r\n\x1a\n" * 100, b"text\n" * 100):
             with self.subTest(content[:20], size=len(content)):
                 self.path.write_bytes(content)
-                self.assert_refused(self.path)
+                self.assert_rejected(self.path)
 
-    def test_numbers_that_are_none(self):
-        """A scale or norm weight that is infinite or no number ends the session with one line."""
+    def test_values_that_are_not_finite(self):
+        """An infinite or NaN scale or norm weight ends the session with one line."""
         starts = layout(config_of(self.good))
         self.assertEqual(starts.pop("end"), len(self.good))
         for table in kernel_tables():
@@ -225,29 +226,27 @@ class EngineTest(RefusalTestCase):
                                           + self.good[at + 4:])
                     session = self.run_to_end(INFERENCE, "-d", self.path.parent, 1, "Hello",
                                               env={"KERNELS": table})
-                    self.assertEqual((session.status, session.text), (1, ""))
-                    self.assertRegex(session.errors, r"^[^\n]*not finite[^\n]*\n$")
+                    self.assertEqual(session.text, "")
+                    self.assert_error_line(session, 1, "not finite")
 
 
-class MemoryTest(RefusalTestCase):
+class MemoryTest(BadFileTestCase):
     @unittest.skipIf("sanitize" in os.environ.get("PROBE_CFLAGS", ""),
                      "a sanitizer needs more addresses than the limits that make it fail")
-    def test_too_little_memory_is_told(self):
-        """Whatever there is no memory for: the file, its panels, or what a pass works on."""
+    def test_too_little_memory_is_reported(self):
+        """The error line names what did not fit: the weights, or the activations."""
         folder = self.noise_model()
         size = os.path.getsize(folder / "model.bin")
-        for limit, what in ((size // 2, "mapping it"), (size * 3 // 2, "its weights"),
-                            (size * 2 + (16 << 20), "computing")):
+        for limit, what in ((size // 2, "its weights"), (size + (32 << 20), "computing")):
             with self.subTest(what):
                 session = self.run_to_end(
                     INFERENCE, "-d", folder, 42, "Hello!",
                     prepare=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
-                self.assertEqual((session.status, session.text), (1, ""))
-                self.assertRegex(session.errors, rf"\A[^\n]*{what}[^\n]*ulimit[^\n]*\n\Z")
-                self.assertIn(str(folder / "model.bin"), session.errors)
+                self.assertEqual(session.text, "")
+                self.assert_error_line(session, 1, what, "ulimit", str(folder / "model.bin"))
 
     def test_the_weights_are_not_there_twice(self):
-        """The file's pages are let go as its weights are put into panels; with threads, too."""
+        """The file is read a row at a time; with threads, too."""
         path = model_file("--seed 1")
         for engine, threads in (("inference", 1), ("parallel", 3)):
             with self.subTest(engine):
@@ -255,6 +254,46 @@ class MemoryTest(RefusalTestCase):
                                     environment={"THREADS": str(threads)})
                 peak, size = map(int, line.split())
                 self.assertLess(peak, 1.2 * size)
+
+
+class ChangingFileTest(SessionTestCase):
+    """A model.bin that changes after, or while, it is loaded."""
+
+    def copy_of(self, model):
+        folder = self.folder()
+        shutil.copy(model / "model.bin", folder)
+        shutil.copy(TINY / "tokenizer.bin", folder)
+        return folder
+
+    def test_a_file_that_changes_after_loading_has_no_effect(self):
+        """Overwritten, cut to nothing and deleted, it changes no reply."""
+        for engine in ((), ("-j", 2)):
+            folder = self.copy_of(TINY)
+            path = folder / "model.bin"
+            session = self.start(MAIN, "-d", folder, *engine, 42)
+            self.assertEqual(session.ask("My name is Zelda."), "Hello Zelda! How can I help you?\n")
+            path.write_bytes(b"x" * path.stat().st_size)
+            session.ask("What is a pipe?")
+            os.truncate(path, 0)
+            path.unlink()
+            self.assertEqual(session.ask("What is my name?"), "Your name is Zelda.\n")
+
+    def test_a_file_that_shrinks_while_it_is_read(self):
+        """It ends the engine with one line."""
+        folder = self.copy_of(self.noise_model())
+        path = folder / "model.bin"
+        session = self.start(INFERENCE, "-d", folder, 42, "Hello!")
+
+        def read_so_far():
+            with open(f"/proc/{session.pid}/io") as counts:
+                return int(counts.readline().split()[1])
+        wait_until(lambda: read_so_far() > 1 << 20, "the engine reads the model")
+        session.signal(signal.SIGSTOP)
+        self.assertLess(read_so_far(), path.stat().st_size)
+        os.truncate(path, 1 << 20)
+        session.signal(signal.SIGCONT)
+        self.assertEqual((session.finish(), session.text), (1, ""))
+        self.assertRegex(session.errors, r"\A[^\n]*model\.bin: it ends too early[^\n]*\n\Z")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ import unicodedata
 import unittest
 from pathlib import Path
 
+from artifacts import TESTS, TOP, write_tokenizer
 from make_unicode import WHITE_SPACE, is_letter, is_number, is_space
-from probes import RefusalTestCase, probe_lines
+from probes import BadFileTestCase, probe_lines
 from reference_tokenizer import Tokenizer
-from support import TESTS, TINY, TOP, SessionTestCase
+from support import TINY, SessionTestCase
 
 TINY_TOKENIZER = TINY / "tokenizer.bin"
 SMOLLM_DIR = os.environ.get("SMOLLM_DIR")
@@ -42,12 +43,6 @@ def encode(path, count, texts):
     stream = b"".join(struct.pack("<i", len(text)) + text for text in texts)
     lines = probe_lines("encode", path, count, input=stream)
     return [[int(token) for token in line.split()] for line in lines]
-
-
-def write_tokenizer(path, tokens):
-    """A tokenizer.bin of these pairs of bytes and score."""
-    path.write_bytes(struct.pack("<i", max(len(text) for text, _ in tokens)) + b"".join(
-        struct.pack("<fi", score, len(text)) + text for text, score in tokens))
 
 
 class RandomTexts:
@@ -197,7 +192,7 @@ class SyntheticTest(SessionTestCase):
         self.assert_ids(tokens, b"x\0\xff", [])
 
 
-class HostileTest(RefusalTestCase):
+class HostileTest(BadFileTestCase):
     """./inference with a foreign tokenizer.bin beside the tiny model's model.bin."""
 
     def setUp(self):
@@ -206,40 +201,40 @@ class HostileTest(RefusalTestCase):
         self.good = TINY_TOKENIZER.read_bytes()
         self.texts = Tokenizer(TINY_TOKENIZER).texts
 
-    def assert_bytes_refused(self, data):
+    def assert_bytes_rejected(self, data):
         with self.subTest(data[:40], size=len(data)):
             self.path.write_bytes(data)
-            self.assert_refused(self.path)
+            self.assert_rejected(self.path)
 
     def test_what_is_no_regular_file(self):
-        """A tokenizer that is missing, a folder, a device or a pipe is refused."""
+        """A tokenizer that is missing, a folder, a device or a pipe is rejected."""
         self.assert_only_regular_files(self.path)
 
     def test_truncated(self):
-        """A file that ends too early is refused, wherever it ends."""
+        """A file that ends too early is rejected, wherever it ends."""
         sizes = [0, 1, 3, 4, 5, 7, 8, 11, 12, 13, *range(14, len(self.good), 797),
                  len(self.good) - 1]
         for size in sizes:
-            self.assert_bytes_refused(self.good[:size])
+            self.assert_bytes_rejected(self.good[:size])
 
     def test_trailing_bytes(self):
         """So is one that goes on behind the model's tokens, be it by a token or a byte."""
-        self.assert_bytes_refused(self.good + b"\0")
-        self.assert_bytes_refused(self.good + struct.pack("<fi", 0, 1) + b"x")
+        self.assert_bytes_rejected(self.good + b"\0")
+        self.assert_bytes_rejected(self.good + struct.pack("<fi", 0, 1) + b"x")
 
     def test_damaged_fields(self):
         """So are a negative length, one that leads out of the file, and a score that is none."""
         for length in (-1, -2 ** 31, 2 ** 31 - 1, len(self.good), 0x01000000):
             for at in (8, len(self.good) - len(self.texts[-1]) - 4):
-                self.assert_bytes_refused(self.good[:at] + struct.pack("<i", length)
+                self.assert_bytes_rejected(self.good[:at] + struct.pack("<i", length)
                                           + self.good[at + 4:])
         *_, previous, last = self.texts
         at = len(self.good) - len(last) - 8 - len(previous) - 4
         one_beyond = len(previous) + 8 + len(last) + 1  # where a last token of length -1 would fit
-        self.assert_bytes_refused(self.good[:at] + struct.pack("<i", one_beyond)
+        self.assert_bytes_rejected(self.good[:at] + struct.pack("<i", one_beyond)
                                   + self.good[at + 4:])
         for score in (float("nan"), float("inf"), -float("inf")):
-            self.assert_bytes_refused(self.good[:4] + struct.pack("<f", score) + self.good[8:])
+            self.assert_bytes_rejected(self.good[:4] + struct.pack("<f", score) + self.good[8:])
 
     def test_the_tokenizer_of_another_model(self):
         """So is a tokenizer with more or fewer tokens than the model."""
@@ -247,13 +242,13 @@ class HostileTest(RefusalTestCase):
             texts = [b"<|im_start|>", b"<|im_end|>", *(b"%d" % each for each in range(count))]
             with self.subTest(count):
                 write_tokenizer(self.path, [(text, 0) for text in texts[:count]])
-                self.assert_refused(self.path)
+                self.assert_rejected(self.path)
 
     def test_no_control_tokens(self):
         """So is one without the two tokens that a chat needs."""
         for name in (b"<|im_start|>", b"<|im_end|>"):
             self.assertIn(name, self.good)
-            self.assert_bytes_refused(self.good.replace(name, b"?" * len(name)))
+            self.assert_bytes_rejected(self.good.replace(name, b"?" * len(name)))
 
     def test_a_huge_file(self):
         """So is a file of many gigabytes, without reading them."""
@@ -261,7 +256,7 @@ class HostileTest(RefusalTestCase):
         for size in (1 << 32, 1 << 33, 1 << 40):
             with self.subTest(size):
                 os.truncate(self.path, size)
-                self.assert_refused(self.path)
+                self.assert_rejected(self.path)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+"""What the tests and the benchmark make once and keep in tests/build/: models, tokenizers, programs.
+
+Environment variables: CC names the compiler (default: gcc), with options if needed; EMULATOR is
+the command that runs what it builds, "qemu-aarch64 -cpu max" for example.
+"""
+import contextlib
+import os
+import re
+import shlex
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+TOP = TESTS.parent
+BUILD = TESTS / "build"
+COMPILER = shlex.split(os.environ.get("CC", "gcc"))
+EMULATOR = shlex.split(os.environ.get("EMULATOR", ""))
+
+
+@contextlib.contextmanager
+def new_file(path):
+    """A temporary name for a file, which gets its own name when it is complete: tests may run side
+    by side.
+    """
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        if unfinished.exists():
+            unfinished.unlink()
+
+
+def build_path(*words):
+    """The path in tests/build/ whose name these words make."""
+    return BUILD / re.sub(r"[^\w.]+", "-", " ".join(words)).strip("-")
+
+
+def model_file(arguments):
+    """The path of the checkpoint that make_model.py writes for these arguments (one string)."""
+    path = build_path("model", f"{arguments}.bin")
+    if not path.exists():
+        with new_file(path) as unfinished:
+            subprocess.run([sys.executable, TESTS / "make_model.py", unfinished,
+                            *arguments.split()], check=True)
+    return path
+
+
+def write_tokenizer(path, tokens):
+    """Write a tokenizer.bin of pairs of bytes and score."""
+    path.write_bytes(struct.pack("<i", max(len(text) for text, _ in tokens)) + b"".join(
+        struct.pack("<fi", score, len(text)) + text for text, score in tokens))
+
+
+def compiled_program(source, *flags):
+    """The path of a program of tests/, compiled again if a source file is newer."""
+    path = build_path(Path(source).stem, *COMPILER, *flags)
+    sources = [*TOP.glob("*.[ch]"), *TESTS.glob("*.[ch]")]
+    if path.exists() and path.stat().st_mtime > max(each.stat().st_mtime for each in sources):
+        return path
+    with new_file(path) as unfinished:
+        build = subprocess.run(
+            [*COMPILER, "-Wall", "-Wextra", *flags, "-o", unfinished, TESTS / source, "-lm",
+             "-lpthread"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if build.returncode != 0 or build.stdout:
+            raise AssertionError(f"{source} does not compile without a warning:\n"
+                                 f"{build.stdout.decode()}")
+    return path
