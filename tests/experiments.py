@@ -18,7 +18,7 @@ from pathlib import Path
 
 from chart import bar_chart
 from measuring import CPUS, TESTS, TOP, Refused, Session
-from models import BUILD, model_file
+from artifacts import BUILD, model_file
 from report import column, overlap, save, table, triple
 
 from avg_cpu_use import average, parse  # measuring has put the top folder on the path

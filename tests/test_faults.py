@@ -57,6 +57,13 @@ class FailureTest(SessionTestCase):
         session.status = session.finish()
         self.assert_one_line(session, "Cannot wait for the engine")
 
+    def test_a_status_that_cannot_be_had_is_reported(self):
+        """waitpid(2) fails: no other event would end the chat."""
+        session = self.chat(42, env=with_fault("waitpid"))
+        session.end_input()
+        session.status = session.process.wait(PATIENCE)
+        self.assert_one_line(session, "exit status")
+
     def test_a_prompt_that_cannot_be_sent_is_reported(self):
         """The chat ends, also if the engine does not."""
         for body in (None, DEAF):
