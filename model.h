@@ -468,12 +468,11 @@ static void read_weights(ModelFile *file, Weights *w, const Config *c) {
     if (w->classifier != &w->embedding) read_tensor(file, &w->own_classifier, 0, 0, c->vocab_size);
 }
 
-// Returns fresh memory, which reads as zero, in huge pages where the kernel has some: at the end of
-// each page the processor's prefetching stops. Pages that are never written take no memory. NULL,
-// after reporting it, if there is not enough.
-static void *get_memory(const char *path, const char *what, size_t size) {
-    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+// Returns fresh memory, which reads as zero; NULL, after reporting it, if there is not enough. The
+// flags are mmap(2)'s: MAP_NORESERVE for memory of which most is never written and never there.
+static void *get_memory(const char *path, const char *what, size_t size, int flags) {
+    void *memory =
+        mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
     if (memory == MAP_FAILED) {
         refuse_for_memory(path, what, size);
         return NULL;
@@ -548,7 +547,7 @@ static void lay_out_state(State *s, const Config *c) {
 // Returns 0, or -1 after reporting that there is not enough memory.
 static int build_state(State *s, const Config *c, const char *path) {
     lay_out_state(s, c);
-    if ((s->memory = get_memory(path, "computing", s->size)) == NULL) return -1;
+    if ((s->memory = get_memory(path, "computing", s->size, MAP_NORESERVE)) == NULL) return -1;
     lay_out_state(s, c);
     madvise(s->kv_cache, s->kv_cache_size, MADV_HUGEPAGE);
     // RoPE's frequencies. libm's pow, like its cos and sin below, is taken in double and rounded
@@ -580,8 +579,9 @@ static int build_weights(Transformer *t, bool shared_classifier, ModelFile *file
     place_tensors(w, c, shared_classifier, NULL, count);
     for (size_t i = 0; i < STREAMS; i++) all += count[i];
     t->panels_size = all * sizeof(Panel);
-    t->panels = get_memory(file->path, "its weights", t->panels_size);
+    t->panels = get_memory(file->path, "its weights", t->panels_size, 0);
     if (t->panels == NULL) return -1;
+    // Huge pages, where the kernel has some: prefetching stops at the end of a page.
     madvise(t->panels, t->panels_size, MADV_HUGEPAGE);
     for (size_t i = 0; i < STREAMS; i++) streams[i] = i ? streams[i - 1] + count[i - 1] : t->panels;
     place_tensors(w, c, shared_classifier, streams, used);

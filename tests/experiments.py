@@ -9,16 +9,15 @@ written once. The result is printed, and saved in a folder of its own below test
 in Markdown, each run's figures as CSV, a chart, and for the policies the log of each run.
 """
 import argparse
-import contextlib
 import re
 import statistics
 import sys
 import time
 from pathlib import Path
 
+from artifacts import BUILD, TESTS, TOP, model_file
 from chart import bar_chart
-from measuring import CPUS, TESTS, TOP, Refused, Session
-from artifacts import BUILD, model_file
+from measuring import CPUS, Refused, Session
 from report import column, overlap, save, table, triple
 
 from avg_cpu_use import average, parse  # measuring has put the top folder on the path
@@ -72,13 +71,15 @@ def find_model(folder):
         return folder, f"{folder}/model.bin, {(folder / 'model.bin').stat().st_size} bytes"
     if (TOP / "model.bin").exists() and (TOP / "tokenizer.bin").exists():
         return TOP, f"model.bin, {(TOP / 'model.bin').stat().st_size} bytes"
-    folder = Path(BUILD) / "experiment-model"
+    folder = BUILD / "experiment-model"
     folder.mkdir(parents=True, exist_ok=True)
-    model = Path(model_file("--vocab 1024"))
+    model = model_file("--vocab 1024")
     for name, target in (("model.bin", f"../{model.name}"),
                          ("tokenizer.bin", "../../tiny/tokenizer.bin")):
-        with contextlib.suppress(FileExistsError):
-            (folder / name).symlink_to(target)
+        link = folder / name
+        if not link.exists():
+            link.unlink(missing_ok=True)  # it may point to a file that is gone
+            link.symlink_to(target)
     return folder, "SmolLM-135M's shape, random weights, a vocabulary of 1024"
 
 
@@ -270,7 +271,7 @@ def threads(options):
     title = f"Threads on {len(CPUS)} CPUs"
     ups = [speed_ups(runs, part) for part in PARTS]
     chart = bar_chart(f"{title}: speed-up over one thread", "times", PARTS, [
-        (f"{count} threads", [triple(up[count]) for up in ups]) for count in THREADS])
+        (f"threads: {count}", [triple(up[count]) for up in ups]) for count in THREADS])
     save(plan, title, [thread_table(runs, part) for part in PARTS], thread_conclusions(runs), runs,
          chart)
 

@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent
-TOP = TESTS.parent
+from artifacts import TOP
+
 sys.path.insert(0, str(TOP))
 from avg_cpu_use import LOG_LINE, TICK  # noqa: E402
 

@@ -7,7 +7,8 @@ import statistics
 import subprocess
 from pathlib import Path
 
-from measuring import CPUS, SEED, TOP
+from artifacts import TOP
+from measuring import CPUS, SEED
 
 
 def spread(values, form="{:.1f}"):

@@ -20,6 +20,7 @@ GOOD = dict(magic=0x616B3432, version=2, dim=128, hidden_dim=192, n_layers=2, n_
             n_kv_heads=2, vocab_size=100, seq_len=64, shared_classifier=1, group_size=64)
 MEMORY_LIMIT = 500_000  # kB; a sanitizer takes some
 SPARSE_MAX = 1 << 40    # bytes; any file system takes a file of zeros of that size
+READ_MAX = 1 << 26      # bytes; a file of the right size is read to its end
 INT_MAX, INT_MIN = 2 ** 31 - 1, -2 ** 31
 
 
@@ -156,12 +157,12 @@ class HostileFileTest(BadFileTestCase):
         self.assert_all_rejected(*sizes)
 
     def test_a_huge_model(self):
-        """A file of a terabyte whose header announces it is loaded or rejected, but not read."""
+        """A file of a terabyte is rejected, for its dimensions or for lack of memory, but not read."""
         config = {**GOOD, "dim": 65536, "hidden_dim": 65536, "n_layers": 1, "vocab_size": 1 << 23}
         self.add(header_of(config), layout(config)["end"])
-        config = {**GOOD, "n_layers": 1024, "seq_len": 1 << 20}
+        config = {**GOOD, "dim": 32768, "hidden_dim": 32768, "n_layers": 100}
         self.add(header_of(config), layout(config)["end"])
-        self.load_all()
+        self.assertEqual(self.load_all(), [False, False])
 
     def test_random_damage(self):
         """Random bytes in a header, or random sound and unsound fields, never do any harm."""
@@ -184,7 +185,8 @@ class HostileFileTest(BadFileTestCase):
                       "seq_len": rng.choice((1, 2, 63, 64, 1000, 1 << 20)),
                       "shared_classifier": rng.randrange(2)}
             configs.append(config)
-            self.add(header_of(config), min(layout(config)["end"], SPARSE_MAX))
+            end = layout(config)["end"]
+            self.add(header_of(config), end if end < READ_MAX else 300)
         results = self.load_all()
         for config, path, loaded in zip(configs, self.paths, results):
             if loaded:
@@ -271,7 +273,8 @@ class ChangingFileTest(SessionTestCase):
             folder = self.copy_of(TINY)
             path = folder / "model.bin"
             session = self.start(MAIN, "-d", folder, *engine, 42)
-            self.assertEqual(session.ask("My name is Zelda."), "Hello Zelda! How can I help you?\n")
+            session.read_until(">>> ")
+            session.ask("My name is Zelda.")
             path.write_bytes(b"x" * path.stat().st_size)
             session.ask("What is a pipe?")
             os.truncate(path, 0)
