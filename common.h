@@ -98,7 +98,7 @@ static inline void reserve_standard_fds(void) {
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY);
 }
 
-// Returns the time of a clock in seconds: CLOCK_MONOTONIC, which nobody sets back, or a process's
+// Returns the time of a clock in seconds: CLOCK_MONOTONIC, which is never set back, or a process's
 // CPU time; 0 if there is no such clock.
 static inline double seconds(clockid_t clock) {
     struct timespec time = {0};
@@ -427,7 +427,7 @@ static inline int serve(Answer *answer, Session *session, char **prompts, int co
 // The argument of SYS_sched_setattr, sched_setattr(2). It has a name of its own because <sched.h>
 // defines struct sched_attr since glibc 2.41, but not before.
 typedef struct {
-    uint32_t size;     // of this structure, which tells the kernel its version
+    uint32_t size;     // of this structure, by which the kernel knows its version
     uint32_t policy;   // SCHED_...
     uint64_t flags;    // 0
     int32_t nice;      // SCHED_OTHER, SCHED_BATCH, SCHED_IDLE: -20..19
