@@ -1446,13 +1446,12 @@ static int encode_prompt(Tokenizer *t, const char *prompt, size_t length, int *i
 }
 
 // When the window has no room for `needed` more tokens, drops the oldest turns until what stays
-// fills at most half of it, and leaves that room. What stays moves to other positions, so the KV
-// cache holds none of it; dropping half at once makes that rare.
+// fills at most half of the rest of it. What stays moves to other positions, so the KV cache holds
+// none of it; dropping that many turns at once makes it rare.
 static void make_room(Session *s, int needed) {
-    int seq_len = s->transformer.config.seq_len, dropped = 0;
-    if (s->length + needed <= seq_len) return;
-    int most = seq_len / 2 < seq_len - needed ? seq_len / 2 : seq_len - needed;
-    while (dropped < s->turn_count && s->length - s->turns[dropped] > most) dropped++;
+    int rest = s->transformer.config.seq_len - needed, dropped = 0;
+    if (s->length <= rest) return;
+    while (dropped < s->turn_count && s->length - s->turns[dropped] > rest / 2) dropped++;
     int gone = dropped < s->turn_count ? s->turns[dropped] : s->length;
     memmove(s->ids, s->ids + gone, (size_t)(s->length - gone) * sizeof(int));
     for (int i = dropped; i < s->turn_count; i++) s->turns[i - dropped] = s->turns[i] - gone;
