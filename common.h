@@ -41,6 +41,7 @@
 #define MAX_PROMPT_LEN 4095
 
 #define MAX_THREADS 64 // of the parallel engine
+#define MAX_DRAFT 16   // tokens of a draft, see Settings
 
 // ------------------------------------------------------------------------------------------------
 // Errors and the clock
@@ -97,7 +98,7 @@ static inline void reserve_standard_fds(void) {
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY);
 }
 
-// Returns the time of a clock in seconds: CLOCK_MONOTONIC, which nobody sets back, or a process's
+// Returns the time of a clock in seconds: CLOCK_MONOTONIC, which is never set back, or a process's
 // CPU time; 0 if there is no such clock.
 static inline double seconds(clockid_t clock) {
     struct timespec time = {0};
@@ -113,20 +114,25 @@ typedef struct {
     float temperature;       // 0 is greedy
     float top_p;             // 0..1, the share of the probability that sampling chooses from
     int max_new_tokens;      // tokens of a reply at most
+    int draft_tokens;        // tokens of a draft at most, 0..MAX_DRAFT
     unsigned long long seed; // of the sampler; 0 takes one from the clock
 } Settings;
 
 #define DEFAULT_SETTINGS                                                                           \
-    (Settings) { .dir = ".", .temperature = 0.6f, .top_p = 0.9f, .max_new_tokens = 256, .seed = 42 }
+    (Settings) {                                                                                   \
+        .dir = ".", .temperature = 0.6f, .top_p = 0.9f, .max_new_tokens = 256, .draft_tokens = 8,  \
+        .seed = 42                                                                                 \
+    }
 
-#define SETTINGS_OPTIONS "d:t:p:m:" // for getopt(3)
-#define SETTINGS_USAGE "[-d dir] [-t temperature] [-p top_p] [-m max_new_tokens]"
+#define SETTINGS_OPTIONS "d:t:p:m:k:" // for getopt(3)
+#define SETTINGS_USAGE "[-d dir] [-t temperature] [-p top_p] [-m max_new_tokens] [-k draft_tokens]"
 #define SETTINGS_HELP                                                                              \
     "  -d dir              folder of model.bin and tokenizer.bin (default: .)\n"                   \
     "  -t temperature      0: always the likeliest token; 0.01 to 100: sample (default: 0.6)\n"    \
     "  -p top_p            sample from the likeliest tokens that together just exceed this\n"      \
     "                      probability, 0 to 1 (default: 0.9)\n"                                   \
     "  -m max_new_tokens   the longest reply, 1 to 1000000 tokens (default: 256)\n"                \
+    "  -k draft_tokens     the longest draft of speculative decoding, 0 to 16 (default: 8)\n"      \
     "  -h, --help          print this text\n"                                                      \
     "  seed                of the sampler, 0 to 18446744073709551615; 0: one from the clock"
 
@@ -158,7 +164,7 @@ static inline bool parse_seed(const char *text, unsigned long long *seed) {
 // Parses one option of SETTINGS_OPTIONS into *settings. Returns false after reporting a bad value,
 // and for a mistake that next_option() has reported.
 static inline bool parse_setting(Settings *settings, int option, const char *value) {
-    long tokens = settings->max_new_tokens;
+    long tokens;
     bool valid = false;
     const char *expected = "";
     switch (option) {
@@ -180,6 +186,11 @@ static inline bool parse_setting(Settings *settings, int option, const char *val
         expected = "an integer from 1 to 1000000";
         valid = parse_integer(value, 1, 1000000, &tokens);
         settings->max_new_tokens = (int)tokens;
+        break;
+    case 'k':
+        expected = "an integer from 0 to 16";
+        valid = parse_integer(value, 0, MAX_DRAFT, &tokens);
+        settings->draft_tokens = (int)tokens;
         break;
     default: return false;
     }
@@ -416,7 +427,7 @@ static inline int serve(Answer *answer, Session *session, char **prompts, int co
 // The argument of SYS_sched_setattr, sched_setattr(2). It has a name of its own because <sched.h>
 // defines struct sched_attr since glibc 2.41, but not before.
 typedef struct {
-    uint32_t size;     // of this structure, which tells the kernel its version
+    uint32_t size;     // of this structure, by which the kernel knows its version
     uint32_t policy;   // SCHED_...
     uint64_t flags;    // 0
     int32_t nice;      // SCHED_OTHER, SCHED_BATCH, SCHED_IDLE: -20..19

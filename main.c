@@ -412,8 +412,8 @@ static int restore_inherited(const Inherited *before, pid_t front_end, int promp
     sigaction(SIGCHLD, &before->sigchld, NULL);
     sigaction(SIGPIPE, &before->sigpipe, NULL);
     sigaction(SIGXFSZ, &before->sigxfsz, NULL);
-    // An early SIGUSR1 stays pending until the engine waits for it, and a stray SIGUSR2 kills
-    // nobody.
+    // An early SIGUSR1 stays pending until the engine waits for it, and a stray SIGUSR2 cannot kill
+    // the engine.
     sigset_t mask = before->mask;
     sigaddset(&mask, SIGUSR1);
     sigaddset(&mask, SIGUSR2);
@@ -500,11 +500,11 @@ typedef struct {
     CpuMeter meter;
     char output[512];     // text that stdout has not taken yet
     size_t output_length; // no input is taken before it is 0
-    double wake_time;   // CLOCK_MONOTONIC: the next log line is due, or the engine's grace is over
-    int interrupt;      // the SIGINT or SIGTERM that ends the chat, or 0
-    bool line_ended;    // the cursor is not behind a prompt mark or in a reply
-    bool output_closed; // stdout cannot be written
-    bool failed;        // an error that has been reported ends the chat
+    double wake_time;     // CLOCK_MONOTONIC: when to call on_timeout()
+    int interrupt;        // the SIGINT or SIGTERM that ends the chat, or 0
+    bool line_ended;      // the cursor is not behind a prompt mark or in a reply
+    bool output_closed;   // stdout cannot be written
+    bool failed;          // an error that has been reported ends the chat
 } Chat;
 
 // Appends text to the output. handle_events() writes it as soon as stdout takes it.
@@ -686,6 +686,17 @@ static int wait_for_event(const Chat *chat, struct pollfd events[EVENT_COUNT]) {
     return ppoll(events, EVENT_COUNT, &timeout, NULL);
 }
 
+// Calls waitpid(2) with these flags. Returns whether the engine is gone, with its status. A status
+// that cannot be had is reported, and the chat ends all the same: no other event would end it.
+static bool reap_engine(Chat *chat, int flags, int *status) {
+    pid_t pid = waitpid(chat->child.pid, status, flags);
+    if (pid >= 0) return pid > 0;
+    report_error("Cannot get the engine's exit status: %s.", strerror(errno));
+    chat->failed = true;
+    *status = 0;
+    return true;
+}
+
 // Handles what ppoll(2) has returned. Returns false when the engine is gone, with its status.
 static bool handle_events(Chat *chat, const struct pollfd events[EVENT_COUNT], int ready,
                           int *status) {
@@ -693,8 +704,7 @@ static bool handle_events(Chat *chat, const struct pollfd events[EVENT_COUNT], i
     if (events[RETURNS].revents) read_engine_bytes(chat);
     if (events[INPUT].revents) read_more(&chat->input);
     if (events[OUTPUT].revents) write_output(chat);
-    if (read_signals(chat) && waitpid(chat->child.pid, status, WNOHANG) == chat->child.pid)
-        return false;
+    if (read_signals(chat) && reap_engine(chat, WNOHANG, status)) return false;
     read_prompts(chat);
     return true;
 }
@@ -753,7 +763,7 @@ static int run_chat(const Options *options, int signals, const Inherited *before
             report_error("Cannot wait for the engine: %s.", strerror(errno));
             chat.failed = true;
             kill(chat.child.pid, SIGKILL);
-            waitpid(chat.child.pid, &status, 0);
+            reap_engine(&chat, 0, &status);
             break;
         }
     } while (handle_events(&chat, events, ready, &status));

@@ -966,7 +966,7 @@ static float *forward_logits(Transformer *t, const int *tokens, int n, int pos, 
 }
 
 // The logits [vocab_size] of the last token: what a prompt and plain decoding need.
-static float *forward(Transformer *t, const int *tokens, int n, int pos) {
+static inline float *forward(Transformer *t, const int *tokens, int n, int pos) {
     return forward_logits(t, tokens, n, pos, 1);
 }
 
@@ -1406,16 +1406,27 @@ static int sample(Sampler *s, float *logits) {
 //
 //   <|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n | {reply}<|im_end|>\n
 
+#define CLOSING 2 // tokens behind a reply: <|im_end|> and newline
+
+// What is known of the drafts so far: see decode().
+typedef struct {
+    int max_length;    // tokens; 0 for no drafts
+    double right;      // share of their tokens that were right, lately
+    double token_time; // seconds of a pass over one token, lately
+    double extra_time; // seconds that a pass takes longer for each token of a draft, lately
+} Drafts;
+
 struct Session {
     Transformer transformer;
     Tokenizer tokenizer;
     Sampler sampler;
     int max_new_tokens;
-    int *ids;     // [seq_len] the conversation so far ...
-    int length;   // ... so many tokens ...
-    int computed; // ... of which the first so many are in the key and value caches
-    int *turns;   // [seq_len] where each turn starts in ids
+    int *ids;   // [seq_len] the conversation so far ...
+    int length; // ... so many tokens ...
+    int cached; // ... of which the KV cache holds the first so many
+    int *turns; // [seq_len] where each turn starts in ids
     int turn_count;
+    Drafts drafts;
 };
 
 // Text on its way to the user: a character's bytes wait until it is complete.
@@ -1456,7 +1467,8 @@ static void free_session(Session *s) {
 
 // Loads everything that the settings name. Returns 0, or -1 after one line on stderr.
 static int build_session(Session *s, const Settings *settings) {
-    *s = (Session){.max_new_tokens = settings->max_new_tokens};
+    *s = (Session){.max_new_tokens = settings->max_new_tokens,
+                   .drafts = {.max_length = settings->draft_tokens, .right = 0.5}};
     char path[4096];
     snprintf(path, sizeof(path), "%s/model.bin", settings->dir);
     if (build_transformer(&s->transformer, path) < 0) return -1;
@@ -1499,31 +1511,136 @@ static int encode_prompt(Tokenizer *t, const char *prompt, size_t length, int *i
     return n + count;
 }
 
-// Drops the oldest turns until `needed` more tokens fit into the window, or none are left. What
-// stays has moved to other positions, so all of it is computed again.
+// When the window has no room for `needed` more tokens, drops the oldest turns until what stays
+// fills at most half of the rest of it. What stays moves to other positions, so the KV cache holds
+// none of it; dropping that many turns at once makes it rare.
 static void make_room(Session *s, int needed) {
-    int dropped = 0;
-    while (dropped < s->turn_count &&
-           s->length - s->turns[dropped] + needed > s->transformer.config.seq_len)
-        dropped++;
-    if (dropped == 0) return;
+    int rest = s->transformer.config.seq_len - needed, dropped = 0;
+    if (s->length <= rest) return;
+    while (dropped < s->turn_count && s->length - s->turns[dropped] > rest / 2) dropped++;
     int gone = dropped < s->turn_count ? s->turns[dropped] : s->length;
     memmove(s->ids, s->ids + gone, (size_t)(s->length - gone) * sizeof(int));
     for (int i = dropped; i < s->turn_count; i++) s->turns[i - dropped] = s->turns[i] - gone;
     s->turn_count -= dropped;
     s->length -= gone;
-    s->computed = 0;
-    printf(
-        "[INFO] The context window is full: the oldest %d of %d turns are dropped, and the rest is "
-        "computed again.\n",
-        dropped, dropped + s->turn_count);
+    s->cached = 0;
+    printf("[INFO] The context window was full: dropped the oldest %d of %d turns.\n", dropped,
+           dropped + s->turn_count);
 }
 
-// Computes what of the conversation is not in the caches yet. Returns the last token's logits.
-static float *catch_up(Session *s) {
-    int from = s->computed;
-    s->computed = s->length;
-    return forward(&s->transformer, s->ids + from, s->length - from, from);
+// Speculative decoding with prompt lookup. A pass over a few tokens takes little longer than a pass
+// over one, as both read all weights. So the next tokens are guessed from the conversation itself,
+// and one pass verifies them: it computes the logits behind every token of the draft, the sampler
+// draws from each as it would have anyway, and as long as the draws are the draft, the logits are
+// those that decoding token by token would have computed, bit for bit. The first draw that differs
+// ends the pass. So drafts change no text.
+
+#define MAX_NGRAM 8
+
+// Writes a draft of `length` tokens behind the conversation: what followed the latest of the
+// longest earlier occurrences of its last 2..MAX_NGRAM tokens. Returns false if there is none.
+static bool propose_draft(Session *s, int length) {
+    int *ids = s->ids, n = s->length, longest = 1, from = 0;
+    for (int i = n - 1; i > longest && longest < MAX_NGRAM; i--) {
+        int same = 0; // tokens before i that equal the last ones
+        while (same < MAX_NGRAM && same < i && ids[i - 1 - same] == ids[n - 1 - same]) same++;
+        if (same > longest) longest = same, from = i;
+    }
+    if (from == 0) return false;
+    for (int i = 0; i < length; i++) ids[n + i] = ids[from + i]; // may run into the draft itself
+    return true;
+}
+
+// Returns the length of a draft that pays best, at most `most`. Its token number d is needed if all
+// before are right, too: it saves a pass with the probability right^d, and costs extra_time.
+static int best_draft_length(const Drafts *drafts, int most) {
+    double saved = drafts->right * drafts->token_time;
+    int length = 0;
+    for (; length < most && saved > drafts->extra_time; length++) saved *= drafts->right;
+    return length;
+}
+
+static void move_average(double *average, double value, double share) {
+    *average += (value - *average) * share;
+}
+
+// Learns from a pass over one token and a draft, which took so many seconds. While no draft is
+// verified, extra_time moves to what is usual, so that a single slow pass does not end all drafts.
+static void measure_pass(Drafts *drafts, int draft, double time) {
+    if (draft == 0) move_average(&drafts->token_time, time, drafts->token_time > 0 ? 0.125 : 1);
+    double extra = draft > 0 ? (time - drafts->token_time) / draft : 0.3 * drafts->token_time;
+    move_average(&drafts->extra_time, extra, draft > 0 ? 0.25 : 0.01);
+}
+
+// A reply while it is generated.
+typedef struct {
+    Printer printer;
+    int generated, limit; // tokens
+    double start, now;    // when the first and the last token were drawn
+    bool ended;           // by a control token
+} Reply;
+
+// Draws the next token and prints it. Returns its id, or -1 if the session cannot go on.
+static int next_token(Session *s, Reply *reply, float *logits) {
+    int token = sample(&s->sampler, logits);
+    if (token < 0) return -1;
+    reply->now = seconds(CLOCK_MONOTONIC);
+    if (reply->generated++ == 0) reply->start = reply->now;
+    reply->ended = is_control_token(&s->tokenizer, token);
+    if (reply->ended) return token;
+    const Token *text = &s->tokenizer.tokens[token];
+    print_text(&reply->printer, text->bytes, (size_t)text->length);
+    return flush_output() < 0 ? -1 : token;
+}
+
+// Runs a pass over the tokens that the KV cache does not hold yet, and a draft, and appends the
+// tokens that are drawn behind them. Returns 0, or -1 if the session cannot go on.
+static int decode(Session *s, Reply *reply) {
+    Drafts *drafts = &s->drafts;
+    int pending = s->length - s->cached, most = reply->limit - reply->generated - 1;
+    if (most > drafts->max_length) most = drafts->max_length;
+    // A draft that does not pay is not verified, but its first token still shows how good it was.
+    bool proposed = most > 0 && propose_draft(s, most);
+    int draft = proposed ? best_draft_length(drafts, most) : 0;
+    double start = seconds(CLOCK_MONOTONIC);
+    float *logits =
+        forward_logits(&s->transformer, s->ids + s->cached, pending + draft, s->cached, draft + 1);
+    if (pending == 1) measure_pass(drafts, draft, seconds(CLOCK_MONOTONIC) - start);
+
+    bool right = true; // the draws so far are the draft
+    for (int i = 0; i <= draft && right && !reply->ended; i++) {
+        int token = next_token(s, reply, logits + (size_t)i * s->sampler.vocab_size);
+        if (token < 0) return -1;
+        right = proposed && i < most && token == s->ids[s->length];
+        if (proposed && (i < draft || i == 0)) move_average(&drafts->right, right, 0.125);
+        s->cached = s->length; // the token itself is computed by the next pass, if it is no draft
+        if (!reply->ended) s->ids[s->length++] = token;
+    }
+    return 0;
+}
+
+// Appends a turn up to where the reply begins. Returns 0; or REJECTED after printing that the
+// window cannot hold it, or -1 after reporting a lack of memory.
+static int begin_turn(Session *s, const char *prompt, size_t length) {
+    int seq_len = s->transformer.config.seq_len;
+    int *ids = malloc((length + 64) * sizeof(int));
+    if (ids == NULL) report_error("There is not enough memory for a prompt of %zu bytes.", length);
+    int count = ids ? encode_prompt(&s->tokenizer, prompt, length, ids) : -1;
+    int result = count < 0 ? -1 : count + 1 + CLOSING > seq_len ? REJECTED : 0;
+    if (result == REJECTED)
+        printf("The prompt has %d tokens and was not used: the context window holds %d.\n", count,
+               seq_len);
+    if (result == 0) {
+        // A reply may be longer than half the window only if there is room: what was said before is
+        // worth more.
+        int reserve = s->max_new_tokens < seq_len / 2 ? s->max_new_tokens : seq_len / 2;
+        make_room(s, count + reserve + CLOSING);
+        s->turns[s->turn_count++] = s->length;
+        memcpy(s->ids + s->length, ids, (size_t)count * sizeof(int));
+        s->length += count;
+    }
+    free(ids);
+    return result;
 }
 
 // Answers a prompt of at most MAX_PROMPT_LEN bytes: the reply goes to stdout, token by token, then
@@ -1531,49 +1648,22 @@ static float *catch_up(Session *s) {
 // or -1 if the session cannot go on: stdout is closed, there is no memory, or the logits are not
 // finite.
 static int generate(Session *s, const char *prompt, size_t length) {
-    Tokenizer *t = &s->tokenizer;
-    int seq_len = s->transformer.config.seq_len;
-    int *turn = malloc((length + 64) * sizeof(int));
-    if (turn == NULL) report_error("There is not enough memory for a prompt of %zu bytes.", length);
-    int count = turn ? encode_prompt(t, prompt, length, turn) : -1;
-    int closing = 2; // tokens behind the reply: <|im_end|> and newline
-    if (count < 0 || count + 1 + closing > seq_len) {
-        if (count >= 0)
-            printf("The prompt has %d tokens and was not used: the context window holds %d.\n",
-                   count, seq_len);
-        free(turn);
-        return flush_output() < 0 || count < 0 ? -1 : REJECTED;
-    }
-    // A reply may be longer than half the window only if there is room: old turns are worth more.
-    int reserve = s->max_new_tokens < seq_len / 2 ? s->max_new_tokens : seq_len / 2;
-    make_room(s, count + reserve + closing);
-    s->turns[s->turn_count++] = s->length;
-    memcpy(s->ids + s->length, turn, (size_t)count * sizeof(int));
-    s->length += count;
-    free(turn);
-
-    int room = seq_len - s->length - closing, generated = 0;
-    int limit = s->max_new_tokens < room ? s->max_new_tokens : room;
-    Printer printer = {.line_open = true}; // an empty reply is an empty line
-    double start = 0, now = 0;
-    while (generated < limit) {
-        int token = sample(&s->sampler, catch_up(s));
-        if (token < 0) return -1;
-        now = seconds(CLOCK_MONOTONIC);
-        if (generated++ == 0) start = now;
-        if (is_control_token(t, token)) break;
-        print_text(&printer, t->tokens[token].bytes, (size_t)t->tokens[token].length);
-        if (flush_output() < 0) return -1;
-        s->ids[s->length++] = token;
-    }
-    s->ids[s->length++] = t->im_end;
-    if ((count = encode(t, "\n", 1, s->ids + s->length)) < 0) return -1;
+    int result = begin_turn(s, prompt, length);
+    if (result != 0) return flush_output() < 0 ? -1 : result;
+    int room = s->transformer.config.seq_len - s->length - CLOSING;
+    Reply reply = {.limit = s->max_new_tokens < room ? s->max_new_tokens : room};
+    reply.printer.line_open = true; // an empty reply is an empty line
+    while (!reply.ended && reply.generated < reply.limit)
+        if (decode(s, &reply) < 0) return -1;
+    s->ids[s->length++] = s->tokenizer.im_end;
+    int count = encode(&s->tokenizer, "\n", 1, s->ids + s->length);
+    if (count < 0) return -1;
     s->length += count;
 
     const char *green = isatty(STDOUT_FILENO) ? "\033[32m" : "", *plain = *green ? "\033[0m" : "";
-    double speed = now > start ? (generated - 1) / (now - start) : 0;
-    printf("%s%s[INFO] SEQ LEN: %d, Speed: %.4f tok/s%s\n", printer.line_open ? "\n" : "", green,
-           s->length, speed, plain);
+    double time = reply.now - reply.start;
+    printf("%s%s[INFO] SEQ LEN: %d, Speed: %.4f tok/s%s\n", reply.printer.line_open ? "\n" : "",
+           green, s->length, time > 0 ? (reply.generated - 1) / time : 0, plain);
     return flush_output();
 }
 

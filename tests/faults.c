@@ -2,7 +2,7 @@
 // variable FAULT names one of them:
 //
 //     setenv, dup2   fail always (main needs them only between fork and exec)
-//     ppoll          fails always
+//     ppoll, waitpid fail always
 //     prompt         write(2) fails for data that begin with "FAULT"
 //     byte           write(2) of one byte fails for the return pipe
 //     late_read      read(2) from a terminal or pipe begins READ_DELAY after it was called
@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define READ_DELAY 500000 // microseconds
@@ -42,6 +43,11 @@ int ppoll(struct pollfd *fds, nfds_t count, const struct timespec *limit, const 
     int (*next)(struct pollfd *, nfds_t, const struct timespec *, const sigset_t *) =
         dlsym(RTLD_NEXT, "ppoll");
     return fault("ppoll") ? fail(ENOMEM) : next(fds, count, limit, mask);
+}
+
+pid_t waitpid(pid_t pid, int *status, int options) {
+    pid_t (*next)(pid_t, int *, int) = dlsym(RTLD_NEXT, "waitpid");
+    return fault("waitpid") ? fail(EINVAL) : next(pid, status, options);
 }
 
 ssize_t write(int fd, const void *data, size_t size) {

@@ -437,6 +437,120 @@ static void print_exp_table(void) {
     for (int i = 0; i < 32; i++) printf("%016llx\n", (unsigned long long)exp_table[i]);
 }
 
+// Kernels that count. An engine of one worker multiplies each matrix once in a pass, and takes
+// SwiGLU of each panel once for a token.
+static const Kernels *counted;
+static long multiplications, swiglus;
+
+static void counting_mat_vec_mul(float *out, const QuantizedTensor *w, Range rows,
+                                 const QuantizedActivations *x) {
+    multiplications++;
+    counted->mat_vec_mul(out, w, rows, x);
+}
+
+static void counting_mat_mat_mul(float *out, const QuantizedTensor *w, Range rows,
+                                 const QuantizedActivations *x, size_t n) {
+    multiplications++;
+    counted->mat_mat_mul(out, w, rows, x, n);
+}
+
+static void counting_swiglu(float *out, const float *gate, const float *up, size_t n) {
+    swiglus++;
+    counted->swiglu(out, gate, up, n);
+}
+
+static void count_work(Transformer *t, Kernels *counting) {
+    counted = t->kernels;
+    *counting = *counted;
+    counting->mat_vec_mul = counting_mat_vec_mul;
+    counting->mat_mat_mul = counting_mat_mat_mul;
+    counting->swiglu = counting_swiglu;
+    t->kernels = counting;
+}
+
+static long counted_passes(const Transformer *t) {
+    return multiplications / (4 * t->config.n_layers + 1);
+}
+
+static long counted_tokens(const Transformer *t) {
+    return swiglus / (t->config.n_layers * t->config.hidden_dim / PANEL_ROWS);
+}
+
+// Opens a session with the model in a folder, whose replies go nowhere from then on. Returns a
+// descriptor of the old stdout.
+static int open_silent_session(Session *s, const Settings *settings) {
+    if (build_session(s, settings) < 0) exit(1);
+    int output = dup(STDOUT_FILENO);
+    if (freopen("/dev/null", "w", stdout) == NULL) fail("no /dev/null");
+    return output;
+}
+
+// drafts DIR SEED: two chats with the same random settings, one of them without drafts, must be the
+// same conversation, token by token. Prints how many tokens the one with drafts has drawn, and in
+// how many passes (on one thread).
+static void check_drafts(const char *dir, unsigned long long seed) {
+    const char *prompts[] = {"Tell me a story.",  "Count from 1 to 9.",
+                             "What is a pipe?",   "Repeat: one two one two one two one two",
+                             "My name is Zelda.", "a"};
+    const float temperatures[] = {0, 0, 0.3f, 0.6f, 1, 3};
+    Session plain, drafting;
+    random_state = seed * 0x9E3779B97F4A7C15ull + 1;
+    Settings settings = DEFAULT_SETTINGS;
+    settings.dir = dir;
+    settings.seed = seed;
+    settings.temperature = temperatures[random_below(6)];
+    settings.top_p = random_below(3) ? 0.9f : 1;
+    settings.max_new_tokens = random_below(3) ? 1 + random_below(60) : 1000;
+    settings.draft_tokens = 0;
+    start_engine_threads();
+    int output = open_silent_session(&plain, &settings);
+    if (build_session(&drafting, &settings) < 0) exit(1);
+    Kernels counting;
+    count_work(&drafting.transformer, &counting);
+    long tokens = 0;
+    for (int turn = 0; turn < 12; turn++) {
+        const char *prompt = prompts[random_below(6)];
+        // Whether drafts pay depends on the clock; here they do.
+        drafting.drafts =
+            (Drafts){.max_length = 1 + random_below(MAX_DRAFT), .right = 0.99, .token_time = 1};
+        if (generate(&plain, prompt, strlen(prompt)) < 0 ||
+            generate(&drafting, prompt, strlen(prompt)) < 0)
+            fail("drafts: no reply");
+        if (plain.length != drafting.length || plain.turn_count != drafting.turn_count ||
+            memcmp(plain.ids, drafting.ids, (size_t)plain.length * sizeof(int)) != 0)
+            fail("drafts: they change the conversation");
+        int reply = drafting.length;
+        while (drafting.ids[reply - 1] != drafting.tokenizer.im_start) reply--;
+        tokens += drafting.length - reply;
+    }
+    dprintf(output, "%ld tokens %ld passes\n", tokens, counted_passes(&drafting.transformer));
+    end_engine_threads();
+    free_session(&plain);
+    free_session(&drafting);
+}
+
+// long_chat DIR TURNS MAX_NEW_TOKENS: the tokens of all turns, and how many were computed for them
+static void count_long_chat(const char *dir, int turns, int max_new_tokens) {
+    Session s;
+    Settings settings = DEFAULT_SETTINGS;
+    settings.dir = dir;
+    settings.max_new_tokens = max_new_tokens;
+    settings.draft_tokens = 0;
+    start_engine_threads();
+    int output = open_silent_session(&s, &settings);
+    Kernels counting;
+    count_work(&s.transformer, &counting);
+    long tokens = 0;
+    for (int turn = 0; turn < turns; turn++) {
+        const char *prompt = turn % 2 ? "What is a pipe?" : "My name is Zelda.";
+        if (generate(&s, prompt, strlen(prompt)) < 0) fail("long_chat: no reply");
+        tokens += s.length - s.turns[s.turn_count - 1];
+    }
+    dprintf(output, "%ld %ld\n", tokens, counted_tokens(&s.transformer));
+    end_engine_threads();
+    free_session(&s);
+}
+
 // rollover DIR: a chat until the context window has rolled over some times. After each time the
 // last tokens are computed once more from the KV cache, and the logits must be those of a
 // transformer that computes what is left of the conversation from its first token.
@@ -448,10 +562,9 @@ static void check_rollover(const char *dir) {
     Settings settings = DEFAULT_SETTINGS;
     settings.dir = dir;
     snprintf(path, sizeof(path), "%s/model.bin", dir);
-    if (build_session(&s, &settings) < 0 || build_transformer(&fresh, path) < 0) exit(1);
+    if (build_transformer(&fresh, path) < 0) exit(1);
     start_engine_threads();
-    int output = dup(STDOUT_FILENO), turns = 0;
-    if (freopen("/dev/null", "w", stdout) == NULL) fail("rollover: no /dev/null"); // the replies
+    int output = open_silent_session(&s, &settings), turns = 0;
     for (int rollovers = 0, length = 0; rollovers < 2; turns++, length = s.length) {
         const char *prompt = turns % 2 ? "Tell me a story." : "What is a thread?";
         if (generate(&s, prompt, strlen(prompt)) < 0) fail("rollover: no reply");
@@ -525,6 +638,10 @@ int main(int argc, char **argv) {
     if (strcmp(command, "golden") == 0) golden(argv + 2, argc - 2);
     else if (strcmp(command, "oracle") == 0) golden_oracle(argv + 2, argc - 2);
     else if (strcmp(command, "rollover") == 0 && argc == 3) check_rollover(argv[2]);
+    else if (strcmp(command, "drafts") == 0 && argc == 4)
+        check_drafts(argv[2], strtoull(argv[3], NULL, 10));
+    else if (strcmp(command, "long_chat") == 0 && argc == 5)
+        count_long_chat(argv[2], atoi(argv[3]), atoi(argv[4]));
     else if (strcmp(command, "sample") == 0) print_samples(argv + 2, argc - 2);
     else if (strcmp(command, "expf") == 0) print_exponentials(argv + 2, argc - 2);
     else if (strcmp(command, "exp_table") == 0) print_exp_table();

@@ -167,10 +167,12 @@ class ReplyTest(SessionTestCase):
         """A prompt of a thousand tokens takes nearly all of the time, and its reply of two is not
         slow for that.
         """
+        session = self.start(MAIN, "-d", self.noise_model(), "-m", 2, 42)
+        session.ask("Hello!")  # the weights are packed now
         started = time.monotonic()
-        session = self.run_to_end(INFERENCE, "-d", self.noise_model(), "-m", 2, 42, "7" * 1000)
-        seconds = time.monotonic() - started
-        self.assertLess(1 / float(INFO_LINE.search(session.text)[2]), seconds / 2)
+        session.send("7" * 1000 + "\n")
+        speed = float(re.search(r"Speed: ([\d.]+)", session.read_until("tok/s"))[1])
+        self.assertLess(1 / speed, (time.monotonic() - started) / 2)
 
 
 class ReproducibilityTest(SessionTestCase):

@@ -82,6 +82,8 @@ class UsageTest(SessionTestCase):
                     session = self.run_to_end(program, "-d", TINY, *operands, *arguments)
                     self.assertEqual((session.status, session.errors), (0, ""))
                     self.assertEqual(len(replies(session.text)), prompts)
+            session = self.run_to_end(program, "-d", TINY, "--", *operands, "-h")
+            self.assertEqual(len(replies(session.text)), 1, session.text)
 
     def test_a_bad_value_names_what_is_allowed(self):
         """In the first line, and nothing else is wrong."""

@@ -9,11 +9,10 @@ import unittest
 from pathlib import Path
 
 from artifacts import BUILD
-from support import (AT_ONCE, INFERENCE, MAIN, PATIENCE, TESTS, TINY, SessionTestCase, replies,
+from support import (INFERENCE, MAIN, PATIENCE, TESTS, TINY, SessionTestCase, replies,
                      wait_until)
 
 SILENT = """
-next_prompt()
 time.sleep(600)
 """
 
@@ -58,6 +57,13 @@ class FailureTest(SessionTestCase):
         session.status = session.finish()
         self.assert_one_line(session, "Cannot wait for the engine")
 
+    def test_a_status_that_cannot_be_had_is_reported(self):
+        """waitpid(2) fails: no other event would end the chat."""
+        session = self.chat(42, env=with_fault("waitpid"))
+        session.end_input()
+        session.status = session.process.wait(PATIENCE)
+        self.assert_one_line(session, "exit status")
+
     def test_a_prompt_that_cannot_be_sent_is_reported(self):
         """The chat ends, also if the engine does not."""
         for body in (None, SILENT):
@@ -71,7 +77,7 @@ class FailureTest(SessionTestCase):
                 self.assert_one_line(session, "Cannot send the prompt")
 
     def test_an_engine_that_reads_nothing_does_not_block_main(self):
-        """Its pipe fills up with prompts; then main ends the chat instead of waiting in write(2)."""
+        """Its pipe fills up with prompts; then main ends the chat instead of blocking."""
         session = self.start_fake("while True:\n    report()\n    time.sleep(0.005)\n")
         for _ in range(200):
             session.send("x" * 4000 + "\n")
@@ -134,6 +140,8 @@ class FailureTest(SessionTestCase):
                                   said="My name is Zelda.\n", cwd="/")
         if "ready" not in session.text:
             self.skipTest("/proc cannot be hidden here: " + session.errors.strip())
+        if "Sanitizer" in session.errors:
+            self.skipTest("a sanitizer needs /proc")
         self.assertIn("Hello Zelda!", session.text)
         self.assertEqual(session.status, 0)
         self.assertRegex(session.errors, r"\AThe log is not complete: /proc/[^\n]*\n\Z")
@@ -197,17 +205,26 @@ class BlockedOutputTest(SessionTestCase):
             session.process.wait(0.3)
 
     def test_the_shell_s_description_keeps_its_flags(self):
-        """What main shares with the shell does not become non-blocking."""
+        """What main shares with the shell does not become non-blocking; its own stdout is."""
         for terminal in (True, False):
             session = self.chat(42, terminal=terminal)
             session.read_until(">>> ")
             session.ask("Hello!")
-            for pid in (session.pid, session.engine):
-                flags = Path(f"/proc/{pid}/fdinfo/0").read_text().split("flags:")[1].split()[0]
-                self.assertFalse(int(flags, 8) & os.O_NONBLOCK)
-            for fd in (1, 2):
-                flags = Path(f"/proc/{session.engine}/fdinfo/{fd}").read_text()
-                self.assertFalse(int(flags.split("flags:")[1].split()[0], 8) & os.O_NONBLOCK)
+            self.assertTrue(self.is_non_blocking(session.pid, 1))
+            self.assertFalse(self.is_non_blocking(session.pid, 0))
+            for fd in (0, 1, 2):
+                self.assertFalse(self.is_non_blocking(session.engine, fd))
+
+    @staticmethod
+    def is_non_blocking(pid, fd):
+        flags = Path(f"/proc/{pid}/fdinfo/{fd}").read_text().split("flags:")[1].split()[0]
+        return int(flags, 8) & os.O_NONBLOCK
+
+    def test_an_error_that_nobody_reads(self):
+        """An engine started by hand loses the line rather than wait with it."""
+        full = self.full_pipe()
+        session = self.start(INFERENCE, "-d", "/none", 42, prepare=lambda: os.dup2(full, 2))
+        self.assertEqual(session.finish(), 1)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from support import MAIN, TINY, SessionTestCase
 
 class LogTest(SessionTestCase):
     def test_a_reply_shorter_than_the_interval_gets_one_closing_line(self):
-        """One line per reply, and it tells of main's child."""
+        """One line per reply, with the fields of main's child."""
         session = self.chat(42)
         session.read_until(">>> ")
         for prompt in ("Hello!", "What is a mutex?"):

@@ -144,7 +144,7 @@ class RefusalTest(PolicyTestCase):
             for word in words:
                 self.assertIn(word, session.errors)
 
-    def test_a_missing_privilege_is_told(self):
+    def test_a_missing_privilege_is_reported(self):
         """EPERM names the policy and CAP_SYS_NICE; exit status 1 with stdin still open."""
         lower = os.getpriority(os.PRIO_PROCESS, 0) - 1
         for options in (("-s", "FIFO"), ("-s", "RR", "-r", 50), ("-s", "DEADLINE", *TIMES)):
@@ -154,7 +154,7 @@ class RefusalTest(PolicyTestCase):
             self.assert_refused(("-s", policy, "-n", lower), f"SCHED_{policy}", "CAP_SYS_NICE",
                                 f"the nice value {lower}", prepare=drop_privilege)
 
-    def test_an_affinity_too_narrow_for_deadline_is_told(self):
+    def test_an_affinity_too_narrow_for_deadline_is_reported(self):
         """EPERM in spite of the privilege: the message speaks of the affinity."""
         self.need_all_cpus()
         if os.cpu_count() == 1:
@@ -163,24 +163,24 @@ class RefusalTest(PolicyTestCase):
         self.assert_refused(("-s", "DEADLINE", *TIMES), "SCHED_DEADLINE", "affinity",
                             prepare=lambda: os.sched_setaffinity(0, {cpu}))
 
-    def test_impossible_deadlines_are_told(self):
+    def test_impossible_deadlines_are_reported(self):
         """EINVAL: times that are too short."""
         for times in ("500:20ms:20ms", "0:0:0"):
             self.assert_refused(("-s", "DEADLINE", "-D", times), "SCHED_DEADLINE",
                                 "runtime <= deadline <= period")
 
-    def test_more_deadlines_than_cpus_are_told(self):
+    def test_more_deadlines_than_cpus_are_reported(self):
         """EBUSY: each thread asks for a whole CPU, the message speaks of all threads."""
         self.need_all_cpus()
         if Path("/proc/sys/kernel/sched_rt_runtime_us").read_text().strip() == "-1":
-            self.skipTest("this kernel is told to grant any deadline")
+            self.skipTest("this kernel is set to grant any deadline")
         if os.cpu_count() > 64:
             self.skipTest("there are CPUs for as many threads as there may be")
         options = ("-j", min(os.cpu_count() + 1, 64), "-s", "DEADLINE", "-D", "20ms:20ms:20ms")
         self.assert_refused(options, "SCHED_DEADLINE", "deadlines of all threads")
 
     def test_a_refusal_that_nobody_reads_ends_the_chat(self):
-        """A full pipe behind stderr or stdout: the line is lost, before the engine runs and after."""
+        """A full pipe behind stderr or stdout: the line is lost, at any time."""
         full = self.full_pipe()
         for options in (("-s", "FIFO"), ("-s", "DEADLINE", "-D", "1ms:2ms:2ms")):
             for fd in (1, 2):

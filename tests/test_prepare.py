@@ -15,8 +15,8 @@ OLDER_URL = "https://huggingface.co/huangs0/llama2.c/resolve/main/"
 FILES = {"model.bin": (b"24ka", 143025664), "tokenizer.bin": (b"\x51\0\0\0", 725587)}
 
 # What the recipes may call besides a downloader.
-TOOLS = ("cat", "cp", "cut", "echo", "expr", "head", "mkdir", "mktemp", "mv", "od", "printf", "rm", "sed",
-         "sh", "stat", "tail", "test", "tr", "true", "wc")
+TOOLS = ("cat", "cp", "cut", "echo", "expr", "head", "mkdir", "mktemp", "mv", "od", "printf", "rm",
+         "sed", "sh", "stat", "tail", "test", "tr", "true", "wc")
 
 # What stands beside the Makefile in a used working copy.
 SOURCES = {"main.c", "model.h", "README.md", ".gitignore", "tests/run.py", "tests/tiny/model.bin",
@@ -25,8 +25,8 @@ MADE = {"main", "inference", "log", "tests/build/probe", "tests/__pycache__/run.
 if (TOP / "parallel.c").exists():
     MADE.add("parallel")
 
-# Writes down what it is asked for, and takes that from the folder "server", or "older" for the older
-# address. What is not there is an interrupted download. A file that was begun is resumed.
+# Writes down what it is asked for, and takes that from the folder "server", for the older address
+# from "older". What is not there is an interrupted download. A file that was begun is resumed.
 DOWNLOADER = """\
 #!/bin/sh
 echo "$*" >>commands
@@ -124,7 +124,7 @@ class PrepareTest(MakeTestCase):
         self.assert_fetches(("curl", "-o"))
 
     def test_with_neither(self):
-        """Without both the user is told what is needed, and nothing is left."""
+        """Without both it prints what is needed, and nothing is left."""
         status, said = self.make("prepare")
         self.assertNotEqual(status, 0)
         self.assertRegex(said, "needs wget or curl")
@@ -251,9 +251,9 @@ class OtherTargetsTest(MakeTestCase):
         return said
 
     def test_chat(self):
-        """Both files of this folder are used if they are whole, else the small model; it says which."""
+        """Both files of this folder are used if they are whole, else the small model."""
         self.copy_sources()
-        for present, folder, told in (
+        for present, folder, message in (
                 ((), "tests/tiny", "make prepare gets"),
                 (("model.bin",), "tests/tiny", "not complete"),
                 (("model.bin", "tokenizer.bin"), ".", "this folder")):
@@ -264,7 +264,7 @@ class OtherTargetsTest(MakeTestCase):
                         file.truncate(FILES[name][1])
                 said = self.chat()
                 self.assertIn(f"called with -d {folder} 42\n", said)
-                self.assertIn(told, said[:said.index("called with")])
+                self.assertIn(message, said[:said.index("called with")])
                 self.assertEqual((self.top / "log").read_text(), "a line of the log\n")
         self.write("model.bin")
         said = self.chat()

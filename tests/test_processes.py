@@ -79,7 +79,7 @@ class PhaseTestCase(SessionTestCase):
 
 class InterruptTest(PhaseTestCase):
     def test_an_interrupt_ends_the_chat_at_any_moment(self):
-        """SIGINT and SIGTERM are passed on, the child is reaped, its end is told; 130 or 143."""
+        """SIGINT and SIGTERM are passed on; the child is reaped and its end reported; 130 or 143."""
         for number, status, said in INTERRUPTS:
             for phase in self.phases:
                 with self.subTest(said, phase=phase.__name__):
@@ -104,7 +104,7 @@ class InterruptTest(PhaseTestCase):
         self.assert_ends(session, 130, "130 (SIGINT)")
 
     def test_a_second_interrupt_changes_nothing(self):
-        """Impatient users get the same end."""
+        """The exit status and the report are those of the first."""
         session = self.typing()
         session.signal(signal.SIGSTOP)
         session.signal(signal.SIGINT)
@@ -157,7 +157,10 @@ class InterruptTest(PhaseTestCase):
     def test_a_stopped_engine_is_interrupted_too(self):
         """main wakes it, so that it can die."""
         session = self.typing()
-        os.kill(session.engine, signal.SIGSTOP)
+        engine = session.engine
+        os.kill(engine, signal.SIGSTOP)
+        wait_until(lambda: [process for process in session.family()
+                            if (process.pid, process.state) == (engine, "T")], "it stops")
         start = time.monotonic()
         session.signal(signal.SIGTERM)
         self.assert_ends(session, 143, "143 (SIGTERM)")
@@ -259,7 +262,7 @@ class DeathTest(PhaseTestCase):
                     self.assertLess(time.monotonic() - start, AT_ONCE)
 
     def test_an_engine_that_ends_by_itself_is_an_error(self):
-        """Its exit status or its signal is told, whenever it dies; main's status is 1."""
+        """Its exit status or its signal is reported, whenever it dies; main's status is 1."""
         crash = "signal.raise_signal(signal.SIGSEGV)"
         for death, said in (("sys.exit(3)", "3"), ("sys.exit(0)", "0"), (crash, "139 (SIGSEGV)"),
                             ("os.abort()", "134 (SIGABRT)")):
@@ -359,9 +362,9 @@ class NotificationTest(PhaseTestCase):
         """Its end is an event that comes once."""
         session = self.start_fake("os.close(3)\nsay('closed')\ntime.sleep(600)\n")
         session.read_until("closed")
-        time.sleep(0.5)
+        time.sleep(1)
         main, = [process for process in session.family() if process.pid == session.pid]
-        self.assertLess(main.cpu_time, 0.3)
+        self.assertLess(main.cpu_time, 0.15)
 
     def test_stray_signals_do_not_change_the_text(self):
         """Hundreds of them to both processes during a real chat: the text is the same."""
@@ -424,7 +427,7 @@ class ClosedFileTest(PhaseTestCase):
                 self.assertGreaterEqual(len(session.log_lines), 1)
 
     def test_an_interrupt_ends_a_chat_that_nobody_reads(self):
-        """A full pipe behind stdout does not make main deaf: it never waits in a write."""
+        """A full pipe behind stdout does not keep main from its signals."""
         session = self.chat(42)
         fcntl.fcntl(session.reply, F_SETPIPE_SZ, 4096)
         session.send("Tell me a story.\n" * 60)
@@ -444,7 +447,7 @@ class ClosedFileTest(PhaseTestCase):
         session.signal(signal.SIGINT)
         self.assert_ends(session, 130, "130 (SIGINT)")
 
-    def test_a_full_disk_is_told(self):
+    def test_a_full_disk_is_reported(self):
         """Output that cannot be written although somebody wants it is an error, not a quiet end."""
         for program in (MAIN, INFERENCE):
             session = self.run_to_end("sh", "-c", 'exec "$0" -d "$1" 42 >/dev/full', program, TINY,
@@ -487,13 +490,13 @@ class StartTest(SessionTestCase):
             session.end_input()
             self.assertEqual(session.finish(), 0)
 
-    def test_a_missing_engine_is_told(self):
+    def test_a_missing_engine_is_reported(self):
         """Its path, and how to build it."""
         folder = self.folder()
         session = self.run_to_end(shutil.copy(MAIN, folder), "-d", TINY, 42, said="Hello!\n")
         self.assert_refused(session, str(folder / "inference"), "make")
 
-    def test_an_engine_that_cannot_be_executed_is_told(self):
+    def test_an_engine_that_cannot_be_executed_is_reported(self):
         """A file without the permission is as good as none."""
         main = self.main_with_engine("")
         (main.parent / "inference").chmod(0o644)
@@ -512,7 +515,7 @@ class StartTest(SessionTestCase):
                 self.assertIn("Hello Zelda!", session.text)
                 self.assertEqual(session.status, 0)
 
-    def test_missing_and_broken_files_are_told(self):
+    def test_missing_and_broken_files_are_reported(self):
         """One line with the path and what to do, from main and from the engine; status 1."""
         for name in ("model.bin", "tokenizer.bin"):
             good = (TINY / name).read_bytes()
@@ -533,14 +536,14 @@ class StartTest(SessionTestCase):
                                             "-d tests/tiny")
                         self.assertNotIn("[INFO]", session.text)
 
-    def test_a_directory_in_place_of_a_file_is_told(self):
+    def test_a_directory_in_place_of_a_file_is_reported(self):
         """Likewise."""
         folder = self.folder()
         (folder / "model.bin").mkdir()
         self.assert_refused(self.run_to_end(INFERENCE, "-d", folder, 42, "Hello!"),
                             str(folder / "model.bin"), "make prepare")
 
-    def test_main_tells_how_the_engine_failed(self):
+    def test_main_reports_how_the_engine_failed(self):
         """The last line is the engine's end, also when a file is missing."""
         session = self.start(MAIN, "-d", self.folder(), 42)
         self.assert_ends(session, 1, "1")

@@ -31,10 +31,9 @@ class ScriptTest(SessionTestCase):
 
     def test_a_full_disk(self):
         """One line says so."""
-        for script in ("run.py", "bench.py"):
+        for script, *words in (("run.py", QUICK), ("bench.py",)):
             with self.subTest(script), open("/dev/full", "w") as full:
-                process = self.start_script(TESTS / script, *([QUICK] if script == "run.py" else []),
-                                            stdout=full)
+                process = self.start_script(TESTS / script, *words, stdout=full)
                 self.assert_ends(process, 1, rf"\A{script}: [^\n]*No space left[^\n]*\n\Z")
 
     def test_ctrl_c(self):
