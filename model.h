@@ -2162,6 +2162,9 @@ INLINE void NAME(multiply_tile)(float *out, const QuantizedTensor *w, size_t row
         for (size_t t = 0; t < tokens; t++)
             for (size_t v = 0; v < vectors; v++)
                 dot[t][v] = (ints){0} - NAME(zero_point_correction)(x, at + t * groups);
+#if defined(DOT4) && defined(__aarch64__) && !defined(__clang__)
+#pragma GCC unroll 4 // or GCC copies each sum from register to register twice in a step
+#endif
         for (size_t step = 0; step < GROUP / 4; step++) {
             ints weights[MAX_VECTORS];
             for (size_t v = 0; v < vectors; v++)

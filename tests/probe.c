@@ -296,9 +296,37 @@ static void check_swiglu(const Kernels *kernels, int n) {
     free(gate), free(up), free(out), free(expected);
 }
 
-static void check_kernels(void) {
-    const Kernels *kernels = choose_kernels();
-    if (kernels == NULL) exit(1);
+// The body of the AVX-VNNI table with its instruction in the encoding of AVX-512, and, for machines
+// with AVX2 only, emulated.
+#if defined(AVXVNNI)
+#define ISA evex
+#define LANES 8
+#define TARGET __attribute__((target("avx2,avx512vl,avx512vnni")))
+#define DOT4(sum, w, x) _mm256_dpbusd_epi32((__m256i)(sum), (__m256i)(w), (__m256i)(x))
+#define UNSIGNED_WEIGHTS 1
+#include "../model.h"
+
+__attribute__((target("avx2"))) static inline __m256i emulated_dpbusd(__m256i sum, __m256i w,
+                                                                      __m256i x) {
+    uint8_t unsigned_bytes[32];
+    int8_t signed_bytes[32];
+    int32_t lanes[8];
+    memcpy(unsigned_bytes, &w, 32);
+    memcpy(signed_bytes, &x, 32);
+    memcpy(lanes, &sum, 32);
+    for (int i = 0; i < 32; i++) lanes[i / 4] += unsigned_bytes[i] * signed_bytes[i];
+    memcpy(&sum, lanes, 32);
+    return sum;
+}
+#define ISA emulated
+#define LANES 8
+#define TARGET __attribute__((target("avx2")))
+#define DOT4(sum, w, x) emulated_dpbusd((__m256i)(sum), (__m256i)(w), (__m256i)(x))
+#define UNSIGNED_WEIGHTS 1
+#include "../model.h"
+#endif
+
+static void check_kernels(const Kernels *kernels) {
     const int rows[] = {1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 64, 100},
               cols[] = {64, 128, 192, 576};
     for (int r = 0; r < 12; r++)
@@ -319,6 +347,24 @@ static void check_kernels(void) {
     check_rounding(kernels);
     for (int n = 1; n < 200; n++) check_swiglu(kernels, n);
     printf("%s kernels agree with the oracle\n", kernels->name);
+}
+
+// kernels: those of the table that KERNELS names, or of the best
+static void check_chosen_kernels(void) {
+    const Kernels *kernels = choose_kernels();
+    if (kernels == NULL) exit(1);
+    check_kernels(kernels);
+}
+
+// avxvnni: the checks of the kernels for the two other forms of the AVX-VNNI table, as far as this
+// machine can run them
+static void check_avxvnni_forms(void) {
+#if defined(AVXVNNI)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2")) check_kernels(&kernels_emulated);
+    if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+        check_kernels(&kernels_evex);
+#endif
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -651,7 +697,8 @@ int main(int argc, char **argv) {
     else if (strcmp(command, "load") == 0) load_models(argv + 2, argc - 2);
     else if (strcmp(command, "memory") == 0 && argc == 3) measure_memory(argv[2]);
     else if (strcmp(command, "tables") == 0) print_tables();
-    else if (strcmp(command, "kernels") == 0) check_kernels();
+    else if (strcmp(command, "kernels") == 0) check_chosen_kernels();
+    else if (strcmp(command, "avxvnni") == 0) check_avxvnni_forms();
     else if (strcmp(command, "rope") == 0 && argc == 3) hash_rope(atoi(argv[2]));
     else if (strcmp(command, "exp") == 0 && argc == 3) check_exp((uint32_t)atoi(argv[2]));
     else if (strcmp(command, "sampler") == 0) check_sampler();

@@ -77,6 +77,37 @@ class BuildTest(SessionTestCase):
         """Likewise."""
         self.assert_good_builds("clang")
 
+    def assert_refused(self, advice, *compiler):
+        """This compiler must stop at inference.c with a message that contains the advice."""
+        result = subprocess.run([*compiler, "-fsyntax-only", TOP / "inference.c"],
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                universal_newlines=True, timeout=2 * PATIENCE)
+        self.assertNotEqual(result.returncode, 0)
+        self.assertRegex(result.stdout, "error: .*" + advice)
+
+    def test_reordered_float_operations_are_refused(self):
+        """-ffast-math, also as a part of -Ofast, gives other text: it does not compile."""
+        for option in ("-ffast-math", "-Ofast"):
+            with self.subTest(option):
+                self.assert_refused("build without", *COMPILER, option)
+
+    def test_x87_arithmetic_is_refused(self):
+        """32-bit x86 without SSE arithmetic gives other text: it does not compile, and the message
+        names the options with which it does.
+        """
+        compiler = "i686-linux-gnu-gcc"
+        if not shutil.which(compiler):
+            self.skipTest(f"{compiler} is not installed")
+        options = ("-msse2", "-mfpmath=sse")
+        self.assert_refused(" ".join(options), compiler)
+        # (without GCC's note that it aligns atomic_ullong otherwise than before version 11)
+        self.build(compiler, *options, "-Wno-psabi")
+
+    def test_big_endian_processors_are_refused(self):
+        """They would read model.bin wrongly."""
+        self.assert_refused("little-endian", *COMPILER, "-U__BYTE_ORDER__",
+                            "-D__BYTE_ORDER__=__ORDER_BIG_ENDIAN__")
+
     def test_the_top_level_holds_what_the_design_names(self):
         """No other file or folder stands beside the programs."""
         if not (TOP / ".git").exists() or not shutil.which("git"):

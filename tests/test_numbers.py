@@ -7,8 +7,9 @@ import math
 import random
 import struct
 import unittest
+from pathlib import Path
 
-from artifacts import TESTS, model_file
+from artifacts import EMULATOR, TESTS, model_file
 from probes import kernel_tables, probe_lines
 from support import INFERENCE, TINY, SessionTestCase, replies
 
@@ -133,6 +134,15 @@ class NumbersTest(GoldenTestCase):
         """Each kernel of each table has the bits of the plain recipe, on many shapes."""
         self.assert_each_table_prints("^{table} kernels agree with the oracle$", "kernels")
 
+    def test_kernels_of_avxvnni_without_it(self):
+        """So do those of the avxvnni table, with its instruction emulated or in the encoding of
+        AVX-512, so that all their other lines run on every machine with AVX2.
+        """
+        lines = probe_lines("avxvnni")
+        expected = [f"{form} kernels agree with the oracle" for form in ("emulated", "evex")]
+        self.assertEqual(lines, expected[:len(lines)])
+        self.assertEqual("avx2" in kernel_tables(), len(lines) > 0)
+
     def test_rope_table(self):
         """The cosines and sines of the positions have the pinned hashes."""
         self.assertEqual(probe_lines("rope", 64), ["bc7abfcedbd264a0"])
@@ -203,6 +213,31 @@ class SamplerTest(unittest.TestCase):
         """It takes the likeliest token, even if none reaches the cutoff."""
         self.assertEqual(self.draw(0.0, [0, 1, 5, 1]), [2] * 100)
         self.assertEqual(self.draw(0.0, [0, 0, 0, 0]), [0] * 100)
+
+
+class TablesTest(unittest.TestCase):
+    TABLES = {  # the best first, with the features that Linux names in /proc/cpuinfo
+        "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
+        "avxvnni": {"avx2", "avx_vnni"},
+        "avx2": {"avx2"},
+        "sdot": {"asimddp"},
+        "portable": set()}
+
+    @staticmethod
+    def features():
+        """Those of the processor that runs the engines."""
+        if EMULATOR:
+            emulates_sdot = EMULATOR[0] == "qemu-aarch64" and "cortex-a72" not in EMULATOR
+            return {"asimddp"} if emulates_sdot else set()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return {word for line in lines if line.lower().startswith(("flags", "features"))
+                for word in line.split()}
+
+    def test_the_tables_follow_the_processor(self):
+        """A table is offered exactly if the processor has its instructions, the best first."""
+        features = self.features()
+        self.assertEqual(kernel_tables(),
+                         [name for name, needs in self.TABLES.items() if needs <= features])
 
 
 class TextTest(SessionTestCase):
