@@ -11,7 +11,6 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <sys/resource.h>
-#include <sys/time.h>
 
 // How long a worker spins before it sleeps. Workers finish a step within a few microseconds of each
 // other, while sleeping and waking takes some 50. A longer spin would keep the CPU from a worker
@@ -41,14 +40,17 @@ typedef struct {
     unsigned claimed;           // pieces that this worker has claimed, in all steps
 } WorkerSlot;
 
+typedef struct {
+    double user, system; // seconds of CPU time
+} Usage;
+
 static struct {
     pthread_t threads[MAX_THREADS]; // without thread 0, which is the caller
-    struct rusage
-        usage[MAX_THREADS];        // CPU time: thread 0's in all passes, the others' at their end
-    int size;                      // threads
-    int workers;                   // threads that take part in passes
-    WorkerSlot slots[MAX_THREADS]; // one for each worker
-    atomic_int asleep;             // workers that sleep in barrier_wait()
+    Usage usage[MAX_THREADS];       // of each thread, when it has ended
+    int size;                       // threads
+    int workers;                    // threads that take part in passes
+    WorkerSlot slots[MAX_THREADS];  // one for each worker
+    atomic_int asleep;              // workers that sleep in barrier_wait()
 
     pthread_mutex_t lock;      // guards all that follows
     pthread_cond_t step_done;  // wakes the sleepers in barrier_wait()
@@ -116,24 +118,15 @@ static bool claim(int worker, size_t count, size_t piece_size, Range *piece) {
     return false;
 }
 
-// The CPU time of the calling thread. getrusage(2) has it as of the kernel's last tick; reading the
-// thread's CPU clock brings it up to date.
-static struct rusage thread_usage(void) {
+// Returns the CPU time of the calling thread. getrusage(2) has it as of the kernel's last tick;
+// reading the thread's CPU clock brings it up to date.
+static Usage thread_usage(void) {
     struct timespec clock;
     struct rusage usage;
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &clock);
     getrusage(RUSAGE_THREAD, &usage);
-    return usage;
-}
-
-// Adds the CPU time of the calling thread since `before` to *sum.
-static void add_usage_since(struct rusage *sum, const struct rusage *before) {
-    struct rusage now = thread_usage();
-    struct timeval used;
-    timersub(&now.ru_utime, &before->ru_utime, &used);
-    timeradd(&sum->ru_utime, &used, &sum->ru_utime);
-    timersub(&now.ru_stime, &before->ru_stime, &used);
-    timeradd(&sum->ru_stime, &used, &sum->ru_stime);
+    return (Usage){(double)usage.ru_utime.tv_sec + 1e-6 * (double)usage.ru_utime.tv_usec,
+                   (double)usage.ru_stime.tv_sec + 1e-6 * (double)usage.ru_stime.tv_usec};
 }
 
 // A thread of the pool: waits for a pass, takes part in it, and repeats that.
@@ -161,7 +154,6 @@ static void *thr_func(void *argument) {
 }
 
 static void run_pass(Pass *pass) {
-    struct rusage before = thread_usage();
     pass->workers = pool.workers;
     pthread_mutex_lock(&pool.lock);
     pool.pass = *pass;
@@ -171,10 +163,9 @@ static void run_pass(Pass *pass) {
     pthread_cond_broadcast(&pool.work_ready);
     pthread_mutex_unlock(&pool.lock);
     forward_steps(pass, 0);
-    add_usage_since(&pool.usage[0], &before);
 }
 
-// Ends and joins all threads but the caller; afterwards pool.usage holds what they have used.
+// Ends and joins all threads but the caller.
 static void close_thr_pool(void) {
     pthread_mutex_lock(&pool.lock);
     pool.closing = true;
@@ -214,26 +205,22 @@ static int init_thr_pool(int threads) {
 // ------------------------------------------------------------------------------------------------
 // The program
 
-static void print_line_of_usage(const char *name, const struct rusage *usage) {
-    printf("%s - user: %.4f s, system: %.4f s\n", name,
-           (double)usage->ru_utime.tv_sec + 1e-6 * (double)usage->ru_utime.tv_usec,
-           (double)usage->ru_stime.tv_sec + 1e-6 * (double)usage->ru_stime.tv_usec);
-}
-
-// The main thread is thread 0 during passes; what it has used besides is a line of its own. The
-// line of the whole process is the sum of all lines.
-static void print_usage(void) {
-    struct rusage besides = {0}, whole = {0};
-    add_usage_since(&besides, &pool.usage[0]);
+// Prints what each thread has used. Thread 0 is the main thread, which has a line of its own for
+// what it had used before it created the pool.
+static void print_usage(Usage before) {
+    Usage whole = {0};
+    pool.usage[0] = thread_usage();
+    pool.usage[0].user -= before.user;
+    pool.usage[0].system -= before.system;
     for (int i = 0; i <= pool.size; i++) {
-        const struct rusage *usage = i < pool.size ? &pool.usage[i] : &besides;
-        char name[40] = "main thread";
-        if (i < pool.size) snprintf(name, sizeof(name), "Thread %d has completed", i);
-        print_line_of_usage(name, usage);
-        timeradd(&whole.ru_utime, &usage->ru_utime, &whole.ru_utime);
-        timeradd(&whole.ru_stime, &usage->ru_stime, &whole.ru_stime);
+        Usage usage = i < pool.size ? pool.usage[i] : before;
+        whole.user += usage.user;
+        whole.system += usage.system;
+        if (i < pool.size) printf("Thread %d has completed", i);
+        else printf("main thread");
+        printf(" - user: %.4f s, system: %.4f s\n", usage.user, usage.system);
     }
-    print_line_of_usage("Whole process", &whole);
+    printf("Whole process - user: %.4f s, system: %.4f s\n", whole.user, whole.system);
 }
 
 #define USAGE                                                                                      \
@@ -255,12 +242,9 @@ int main(int argc, char **argv) {
         report_error("The number of threads and the seed are needed.");
         usage(argv[0], 2);
     }
-    if (!parse_integer(line.operands[0], 1, MAX_THREADS, &threads)) {
-        report_error("%s is not a number of threads from 1 to %d.", line.operands[0], MAX_THREADS);
-        usage(argv[0], 2);
-    }
-    if (!parse_seed(line.operands[1], &settings.seed)) {
-        report_error("%s is not a seed.", line.operands[1]);
+    bool valid = parse_integer(line.operands[0], 1, MAX_THREADS, &threads);
+    if (!valid || !parse_seed(line.operands[1], &settings.seed)) {
+        report_error("%s is not a %s.", line.operands[valid], valid ? "seed" : "number of threads");
         usage(argv[0], 2);
     }
     choose_seed(&settings);
@@ -268,10 +252,11 @@ int main(int argc, char **argv) {
     Session session;
     if (build_session(&session, &settings) < 0) return 1;
     int result = 1;
+    Usage before = thread_usage();
     if (init_thr_pool((int)threads) == 0) {
         result = serve(generate, &session, argv + optind, argc - optind) < 0 ? 1 : 0;
         close_thr_pool();
-        print_usage();
+        print_usage(before);
     }
     free_session(&session);
     return fflush(stdout) == EOF ? 1 : result;

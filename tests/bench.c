@@ -4,6 +4,8 @@
 //
 //     bench MODEL RUNS           prints a line of figures per run, see main()
 //     bench --plain MODEL RUNS   seconds per token of the oracle, compiled just so: plain loops
+//     bench --drafts DIR RUNS    a conversation without and with drafts, see bench_drafts()
+//     bench --repeating DIR RUNS the same for a model that repeats one token
 //     bench --tables             the kernel tables that this machine has
 //
 // The engine is inference.c's, or with -DPARALLEL parallel.c's, with THREADS threads.
@@ -14,6 +16,7 @@
 #include "../inference.c"
 #endif
 #undef main
+#include "counting.h"
 #include "oracle.h"
 #include <pthread.h>
 #include <sys/resource.h>
@@ -127,7 +130,8 @@ typedef struct {
 
 // Decodes near a position and reads a block of memory in turn: what the machine can give varies
 // from one tenth of a second to the next, and both should see the same of it.
-static Decoding decode(Transformer *t, Sampler *sampler, int pos, const char *block, int readers) {
+static Decoding measure_decoding(Transformer *t, Sampler *sampler, int pos, const char *block,
+                                 int readers) {
     double reading[WAYS][ROUNDS], tokens[ROUNDS * TOKENS];
     Decoding result = {0};
     for (int round = 0, token = 1; round < ROUNDS; round++) {
@@ -154,7 +158,7 @@ static Decoding decode(Transformer *t, Sampler *sampler, int pos, const char *bl
 }
 
 // Tokens per second of a prompt.
-static double digest(Transformer *t, int tokens) {
+static double prefill_rate(Transformer *t, int tokens) {
     int ids[512];
     for (int i = 0; i < tokens; i++) ids[i] = i * 97 % t->config.vocab_size;
     double start = seconds(CLOCK_MONOTONIC);
@@ -181,8 +185,62 @@ static int bench_plain(const char *path, int runs) {
     return 0;
 }
 
+// Makes a model repeat its last token forever, at the cost of any other: without its blocks the
+// residual stream stays the embedding of the token, and the likeliest logit is its own.
+static void repeat_tokens(Transformer *t) {
+    for (int layer = 0; layer < t->config.n_layers; layer++) {
+        const QuantizedTensor *ends[] = {&t->weights.layers[layer].wo,
+                                         &t->weights.layers[layer].w2};
+        for (int i = 0; i < 2; i++)
+            for (size_t row = 0; row < ends[i]->rows; row += PANEL_ROWS)
+                for (size_t group = 0; group < ends[i]->cols / GROUP; group++)
+                    memset(panels_of(ends[i], row)[group].s, 0, PANEL_ROWS * sizeof(float));
+    }
+}
+
+// Greedy replies to the same prompt. Prints tokens per second and tokens per pass.
+static void time_replies(const char *dir, int draft_tokens, bool repeating, int output) {
+    Session s;
+    Kernels counting;
+    Settings settings = DEFAULT_SETTINGS;
+    settings.dir = dir;
+    settings.temperature = 0;
+    settings.draft_tokens = draft_tokens;
+    if (build_session(&s, &settings) < 0) exit(1);
+    if (repeating) repeat_tokens(&s.transformer);
+    count_work(&s.transformer, &counting);
+    multiplications = 0;
+    double start = seconds(CLOCK_MONOTONIC);
+    int turns = repeating ? 1 : 3, tokens = 0;
+    for (int i = 0; i < turns; i++) {
+        if (generate(&s, "Tell me a story.", 16) < 0) exit(1);
+        int reply = s.length;
+        while (s.ids[reply - 1] != s.tokenizer.im_start) reply--;
+        tokens += s.length - reply;
+    }
+    double time = seconds(CLOCK_MONOTONIC) - start;
+    dprintf(output, "%.6g %.4g ", tokens / time, (double)tokens / counted_passes(&s.transformer));
+    free_session(&s);
+}
+
+// Without and with drafts: for each run, tokens per second and tokens per pass of both.
+static int bench_drafts(const char *dir, bool repeating, int runs) {
+    int output = dup(STDOUT_FILENO);
+    if (freopen("/dev/null", "w", stdout) == NULL) return 1;
+    for (int run = 0; run < runs; run++) {
+        time_replies(dir, 0, repeating, output);
+        time_replies(dir, 8, repeating, output);
+        dprintf(output, "\n");
+    }
+    return 0;
+}
+
 int main(int argc, char **argv) {
     if (argc == 4 && strcmp(argv[1], "--plain") == 0) return bench_plain(argv[2], atoi(argv[3]));
+    if (argc == 4 && strcmp(argv[1], "--drafts") == 0)
+        return bench_drafts(argv[2], false, atoi(argv[3]));
+    if (argc == 4 && strcmp(argv[1], "--repeating") == 0)
+        return bench_drafts(argv[2], true, atoi(argv[3]));
     if (argc == 2 && strcmp(argv[1], "--tables") == 0) {
         const Kernels *usable[MAX_TABLES];
         for (int i = 0, count = usable_kernels(usable); i < count; i++) puts(usable[i]->name);
@@ -208,13 +266,13 @@ int main(int argc, char **argv) {
         // position
         Decoding near[3];
         for (int i = 0; i < 3; i++) {
-            near[i] = decode(&t, &sampler, positions[i], block, readers);
+            near[i] = measure_decoding(&t, &sampler, positions[i], block, readers);
             double cache = 2.0 * t.config.n_layers * t.config.kv_dim *
                            (positions[i] + ROUNDS * TOKENS / 2) * sizeof(float);
             printf("%.6g %.6g %.6g ", near[i].bandwidth, near[i].token,
                    (double)t.panels_size + cache);
         }
-        for (int i = 0; i < 3; i++) printf("%.6g ", digest(&t, prompts[i]));
+        for (int i = 0; i < 3; i++) printf("%.6g ", prefill_rate(&t, prompts[i]));
         printf("%.4f %.4f\n", near[0].user, near[0].system);
         fflush(stdout);
     }

@@ -18,10 +18,8 @@ import time
 from pathlib import Path
 
 import script
-from artifacts import BUILD, model_file
+from artifacts import BUILD, TESTS, TOP, model_file
 
-TESTS = Path(__file__).resolve().parent
-TOP = TESTS.parent
 POSITIONS, PROMPTS, THREADS = (100, 1000, 2000), (16, 128, 512), (1, 2, 4, 8, 16)
 HEAD = [*(f"decoding near {p}, of limit" for p in POSITIONS), *(f"prompt of {p}" for p in PROMPTS)]
 VOCAB_SIZE = 49152
@@ -156,6 +154,20 @@ def thread_counts(runs, model):
     print_table(["threads", "read GB/s", *HEAD, "user, s", "system, s"], rows)
 
 
+def drafts(runs, folder):
+    """Speculative decoding: tokens per pass, and the speed against that without drafts."""
+    rows = []
+    bench = build("bench", "-O3")
+    for name, option, model in (("small model, the same prompt three times", "--drafts", TESTS / "tiny"),
+                                ("SmolLM's shape, one token repeated", "--repeating", folder)):
+        plain, _, drafted, per_pass = figures(bench, option, model, runs)
+        gain = statistics.median(b / a for a, b in zip(plain, drafted))
+        rows.append([name, spread(plain), spread(drafted), f"{statistics.median(per_pass):.1f}",
+                     f"{gain:.2f}"])
+    print("Drafts, on one thread. Tokens per second.\n")
+    print_table(["text", "without drafts", "with drafts", "tokens per pass", "gain"], rows)
+
+
 def main():
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     minutes = round(MINUTES_PER_RUN * runs)
@@ -165,6 +177,7 @@ def main():
     model = folder / "model.bin"
     single_thread(runs, model, folder)
     thread_counts(runs, model)
+    drafts(runs, folder)
 
 
 if __name__ == "__main__":
