@@ -62,7 +62,7 @@ class LogReaderTestCase(SessionTestCase):
 class AverageTest(LogReaderTestCase):
     def test_the_log_of_a_session_is_averaged(self):
         """What main wrote is what avg_cpu_use.py reads."""
-        session = self.run_to_end(MAIN, "-d", "tests/tiny", 42, said="Hello!\nHow are you?\n")
+        session = self.run_to_end(MAIN, "-d", "tests/tiny", 42, typed="Hello!\nHow are you?\n")
         uses = [float(line["cpu"]) for line in session.log_lines]
         self.assertGreaterEqual(len(uses), 2)
         self.assert_average(self.average_of(session.errors), f"{sum(uses) / len(uses):.2f}")

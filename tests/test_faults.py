@@ -113,7 +113,7 @@ class FailureTest(SessionTestCase):
     def test_a_log_at_its_size_limit_costs_only_the_log(self):
         """SIGXFSZ does not kill main."""
         session = self.run_to_end(
-            MAIN, "-d", TINY, 42, said="Hello!\nHello!\nMy name is Zelda.\n",
+            MAIN, "-d", TINY, 42, typed="Hello!\nHello!\nMy name is Zelda.\n",
             prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)))
         self.assertEqual(len(replies(session.text)), 3)
         self.assertEqual(session.status, 0)
@@ -137,7 +137,7 @@ class FailureTest(SessionTestCase):
         """The engine is found beside main all the same; the log alone is missing, with a reason."""
         script = 'mount -t tmpfs none /proc && echo ready && exec "$0" -d "$1" 42'
         session = self.run_to_end("unshare", "-rm", "sh", "-c", script, MAIN, TINY,
-                                  said="My name is Zelda.\n", cwd="/")
+                                  typed="My name is Zelda.\n", cwd="/")
         if "ready" not in session.text:
             self.skipTest("/proc cannot be hidden here: " + session.errors.strip())
         if "Sanitizer" in session.errors:

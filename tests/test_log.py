@@ -54,9 +54,9 @@ class LogTest(SessionTestCase):
         session = self.start_fake("""
             report()
             next_prompt()
-            say("begin")
+            put("begin")
             time.sleep(2.2)
-            say("end")
+            put("end")
             report()
             next_prompt()
             """)
@@ -83,7 +83,7 @@ class LogTest(SessionTestCase):
 
     def test_a_prompt_that_is_refused_writes_no_line(self):
         """Neither one that is too long for main nor one that is too long for the context window."""
-        session = self.run_to_end(MAIN, "-d", TINY, 42, said="x" * 5000 + "\n" + "x" * 4000 + "\n")
+        session = self.run_to_end(MAIN, "-d", TINY, 42, typed="x" * 5000 + "\n" + "x" * 4000 + "\n")
         self.assertEqual(session.text.count("not used"), 2)
         self.assertEqual(session.errors, "")
 

@@ -207,7 +207,7 @@ class SamplerTest(unittest.TestCase):
 
 class TextTest(SessionTestCase):
     def conversation(self, **options):
-        return self.run_to_end(INFERENCE, "-d", TINY, 42, said=PROMPTS, **options)
+        return self.run_to_end(INFERENCE, "-d", TINY, 42, typed=PROMPTS, **options)
 
     def test_every_table_gives_the_same_text(self):
         """The environment variable KERNELS changes no word of a conversation."""

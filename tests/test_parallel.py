@@ -36,7 +36,7 @@ class TextTest(SessionTestCase):
     def test_prompts_from_stdin(self):
         """Without prompts on the command line they are read, one per line."""
         expected = replies(self.run_to_end(INFERENCE, "-d", TINY, 42, *PROMPTS).text)
-        session = self.run_to_end(PARALLEL, "-d", TINY, 2, 42, said="\n".join(PROMPTS))
+        session = self.run_to_end(PARALLEL, "-d", TINY, 2, 42, typed="\n".join(PROMPTS))
         self.assertEqual(replies(session.text), expected)
 
 
@@ -161,13 +161,13 @@ class FrontEndTest(SessionTestCase):
 
     def test_interrupts_and_death_while_generating(self):
         """As with one thread: passed on and told; a killed engine is noticed at once."""
-        for number, status, said in ((signal.SIGINT, 130, "130 (SIGINT)"),
+        for number, status, ending in ((signal.SIGINT, 130, "130 (SIGINT)"),
                                      (signal.SIGTERM, 143, "143 (SIGTERM)")):
             session = self.start_pool("-m", 900, 42, directory=self.noise_model())
             session.send("Go on.\n")
             session.wait_for_log_lines(1)
             session.signal(number)
-            self.assert_ends(session, status, said)
+            self.assert_ends(session, status, ending)
         session = self.start_pool("-m", 900, 42, directory=self.noise_model())
         session.send("Go on.\n")
         session.wait_for_log_lines(1)

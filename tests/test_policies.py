@@ -197,7 +197,7 @@ class RefusalTest(PolicyTestCase):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         for options in ((), ("-s", "IDLE")):
             with self.subTest(options):
-                session = self.run_to_end(MAIN, "-d", TINY, *options, 42, said="Hello!\n",
+                session = self.run_to_end(MAIN, "-d", TINY, *options, 42, typed="Hello!\n",
                                           prepare=be_idle)
                 self.assertEqual(session.status, 0, session.errors)
                 self.assertEqual({line["policy"] for line in session.log_lines}, {"SCHED_IDLE"})

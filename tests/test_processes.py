@@ -13,29 +13,29 @@ from support import (AT_ONCE, F_SETPIPE_SZ, INFERENCE, MAIN, PATIENCE, TINY, Ses
 
 # Bodies of fake engines
 LOADING = """
-say("loading")
+put("loading")
 time.sleep(600)
 """
 GENERATING = """
 report()
 next_prompt()
-say("Well, ")
+put("Well, ")
 time.sleep(600)
 """
 TALKING = """
 report()
 next_prompt()
 while True:
-    say("and ")
+    put("and ")
     time.sleep(0.01)
 """
 SLOW_REPLIES = """
 report()
 while True:
     next_prompt()
-    say("Well, ")
+    put("Well, ")
     wait_for("done")
-    say("done.\\n")
+    put("done.\\n")
     report()
 """
 TYPING = """
@@ -80,12 +80,12 @@ class PhaseTestCase(SessionTestCase):
 class InterruptTest(PhaseTestCase):
     def test_an_interrupt_ends_the_chat_at_any_moment(self):
         """SIGINT and SIGTERM are passed on; the child is reaped and its end reported; 130 or 143."""
-        for number, status, said in INTERRUPTS:
+        for number, status, ending in INTERRUPTS:
             for phase in self.phases:
-                with self.subTest(said, phase=phase.__name__):
+                with self.subTest(ending, phase=phase.__name__):
                     session = phase()
                     session.signal(number)
-                    self.assert_ends(session, status, said)
+                    self.assert_ends(session, status, ending)
 
     def test_ctrl_c_ends_the_chat_at_any_moment(self):
         """The terminal sends SIGINT to both processes; whoever dies first, it is an interrupt."""
@@ -134,8 +134,8 @@ class InterruptTest(PhaseTestCase):
         start = time.monotonic()
         for session, (number, _, _) in sessions:
             session.signal(number)
-        for session, (_, status, said) in sessions:
-            self.assert_ends(session, status, said)
+        for session, (_, status, ending) in sessions:
+            self.assert_ends(session, status, ending)
         self.assertLess(time.monotonic() - start, 2 + AT_ONCE)
 
     def test_an_interrupted_engine_gets_time_to_end(self):
@@ -146,7 +146,7 @@ class InterruptTest(PhaseTestCase):
                 os.write(1, b"All is saved.\\n")
                 sys.exit(1)
             signal.signal(signal.SIGINT, end)
-            say("loading")
+            put("loading")
             time.sleep(600)
             """)
         session.read_until("loading")
@@ -177,18 +177,18 @@ class InterruptTest(PhaseTestCase):
 
         interrupted = []
         for prepare in (ignore, block):
-            for number, status, said in INTERRUPTS:
+            for number, status, ending in INTERRUPTS:
                 session = self.typing(prepare=prepare)
                 session.signal(number)
-                interrupted.append((session, status, said))
+                interrupted.append((session, status, ending))
             session = self.typing(prepare=prepare)
             session.end_input()
             self.assert_ends(session, 0, "0")
             session = self.typing(prepare=prepare)
             os.kill(session.engine, signal.SIGKILL)
             self.assert_ends(session, 1, "137 (SIGKILL)")
-        for session, status, said in interrupted:
-            self.assert_ends(session, status, said)
+        for session, status, ending in interrupted:
+            self.assert_ends(session, status, ending)
 
     def test_a_terminal_that_goes_away_leaves_nothing_behind(self):
         """Closing the window ends both processes."""
@@ -244,7 +244,7 @@ class EndOfInputTest(PhaseTestCase):
         session = self.chat(42)
         session.read_until(">>> ")
         reply = session.ask(prompt)
-        ended = self.run_to_end(MAIN, "-d", TINY, 42, said=prompt + "\n")
+        ended = self.run_to_end(MAIN, "-d", TINY, 42, typed=prompt + "\n")
         self.assertEqual(replies(ended.text)[0][0], reply)
         self.assertEqual(ended.status, 0)
 
@@ -264,7 +264,7 @@ class DeathTest(PhaseTestCase):
     def test_an_engine_that_ends_by_itself_is_an_error(self):
         """Its exit status or its signal is reported, whenever it dies; main's status is 1."""
         crash = "signal.raise_signal(signal.SIGSEGV)"
-        for death, said in (("sys.exit(3)", "3"), ("sys.exit(0)", "0"), (crash, "139 (SIGSEGV)"),
+        for death, ending in (("sys.exit(3)", "3"), ("sys.exit(0)", "0"), (crash, "139 (SIGSEGV)"),
                             ("os.abort()", "134 (SIGABRT)")):
             for phase in ("", "report()\n", "report()\nnext_prompt()\nsay('Well, ')\n"):
                 with self.subTest(death=death, phase=phase):
@@ -272,7 +272,7 @@ class DeathTest(PhaseTestCase):
                     session.read_until(">>> ")
                     if "next_prompt" in phase:
                         session.send("Hello!\n")
-                    self.assert_ends(session, 1, said)
+                    self.assert_ends(session, 1, ending)
 
     def test_a_stray_sigpipe_is_reported(self):
         """A child killed by SIGPIPE while its output is read died like any other."""
@@ -337,7 +337,7 @@ class NotificationTest(PhaseTestCase):
         session = self.start_fake("""
             os.write(3, b"x")
             next_prompt()
-            say("Well.\\n")
+            put("Well.\\n")
             os.write(3, b"x")
             next_prompt()
             """)
@@ -369,7 +369,7 @@ class NotificationTest(PhaseTestCase):
     def test_stray_signals_do_not_change_the_text(self):
         """Hundreds of them to both processes during a real chat: the text is the same."""
         prompts = ("Hello!", "Tell me a story.", "What is a mutex?")
-        quiet = self.run_to_end(MAIN, "-d", TINY, 42, said="".join(p + "\n" for p in prompts))
+        quiet = self.run_to_end(MAIN, "-d", TINY, 42, typed="".join(p + "\n" for p in prompts))
         session = self.chat(42)
         session.read_until(">>> ")
         engine = session.engine
@@ -391,9 +391,9 @@ class NotificationTest(PhaseTestCase):
 
 
 class ClosedFileTest(PhaseTestCase):
-    def closed(self, redirections, said=""):
+    def closed(self, redirections, typed=""):
         return self.run_to_end("sh", "-c", f'exec "$0" -d "$1" 42 {redirections}', MAIN, TINY,
-                               said=said)
+                               typed=ending)
 
     def test_a_closed_stdin_is_an_end_of_input(self):
         """A quiet end, with the child reaped."""
@@ -405,14 +405,14 @@ class ClosedFileTest(PhaseTestCase):
         """Nothing but the log on stderr, and no hang."""
         for redirections in (">&-", ">&- <&-", ">&- 2>&-", "<&- >&- 2>&-"):
             with self.subTest(redirections):
-                session = self.closed(redirections, said="Hello!\nHello!\n")
+                session = self.closed(redirections, typed="Hello!\nHello!\n")
                 self.assertEqual(session.text, "")
                 self.assertEqual(len(session.log_lines), session.errors.count("\n"))
                 self.assertEqual(session.status, 1)
 
     def test_a_closed_stderr_costs_only_the_log(self):
         """The conversation is the same without it."""
-        session = self.closed("2>&-", said="My name is Zelda.\n")
+        session = self.closed("2>&-", typed="My name is Zelda.\n")
         self.assertIn("Zelda", session.text)
         self.assert_ends(session, 0, "0")
 
@@ -451,7 +451,7 @@ class ClosedFileTest(PhaseTestCase):
         """Output that cannot be written although somebody wants it is an error, not a quiet end."""
         for program in (MAIN, INFERENCE):
             session = self.run_to_end("sh", "-c", 'exec "$0" -d "$1" 42 >/dev/full', program, TINY,
-                                      said="Hello!\n")
+                                      typed="Hello!\n")
             self.assertEqual(session.status, 1)
             self.assertIn("Cannot write the output", session.errors)
 
@@ -493,7 +493,7 @@ class StartTest(SessionTestCase):
     def test_a_missing_engine_is_reported(self):
         """Its path, and how to build it."""
         folder = self.folder()
-        session = self.run_to_end(shutil.copy(MAIN, folder), "-d", TINY, 42, said="Hello!\n")
+        session = self.run_to_end(shutil.copy(MAIN, folder), "-d", TINY, 42, typed="Hello!\n")
         self.assert_refused(session, str(folder / "inference"), "make")
 
     def test_an_engine_that_cannot_be_executed_is_reported(self):
@@ -511,7 +511,7 @@ class StartTest(SessionTestCase):
         for command, environment in ((MAIN, {}), (link, {}), ("./chat", {}), ("main", path)):
             with self.subTest(command):
                 session = self.run_to_end("sh", "-c", 'exec "$@"', "sh", command, "-d", TINY, 42,
-                                          said="My name is Zelda.\n", cwd=folder, env=environment)
+                                          typed="My name is Zelda.\n", cwd=folder, env=environment)
                 self.assertIn("Hello Zelda!", session.text)
                 self.assertEqual(session.status, 0)
 
@@ -531,7 +531,7 @@ class StartTest(SessionTestCase):
                     (folder / name).write_bytes(content)
                 for program in (MAIN, INFERENCE):
                     with self.subTest(name=name, fault=fault, program=program.name):
-                        session = self.run_to_end(program, "-d", folder, 42, said="Hello!\n")
+                        session = self.run_to_end(program, "-d", folder, 42, typed="Hello!\n")
                         self.assert_refused(session, str(folder / name), "make prepare",
                                             "-d tests/tiny")
                         self.assertNotIn("[INFO]", session.text)
