@@ -18,7 +18,7 @@ LONGEST = 4095  # bytes of a prompt
 
 class ConversationTest(SessionTestCase):
     def test_the_chat_remembers_over_pipes(self):
-        """What was said two prompts ago is known."""
+        """A reply uses a fact from two prompts before."""
         session = self.chat(42)
         session.read_until(">>> ")
         for prompt, answer in MEMORY:
@@ -58,7 +58,7 @@ class ConversationTest(SessionTestCase):
         session.release("loaded")
         session.read_until("Prompt: I am early.\n", ">>> ")
 
-    def test_an_empty_line_asks_again(self):
+    def test_an_empty_line_gets_another_mark(self):
         """An empty line is no prompt: it gets the next mark and no reply."""
         session = self.run_to_end(MAIN, "-d", TINY, 42, typed="\n\nMy name is Zelda.\n\n")
         self.assertTrue(session.text.startswith(">>> >>> >>> " + GREETING), session.text)
@@ -107,7 +107,7 @@ class ReplyTest(SessionTestCase):
         return reply
 
     def test_control_characters_are_left_out(self):
-        """A terminal would obey them, U+0080 to U+009F as well. Newline and tab stay."""
+        """A terminal would execute them, also U+0080 to U+009F. Newline and tab stay."""
         controls = [chr(code).encode() for code in (0, 7, 13, 27, 127, *range(0x80, 0xA0))]
         parts_of_one = [b"\xc2", b"\x9b"]
         good = [text.encode() for text in ("a", "\t", "\n", "\u00a0", "\u00e9", "\U0001F600")]
@@ -179,7 +179,7 @@ class ReproducibilityTest(SessionTestCase):
     def said_by_main(self, *options, prompts=PROMPTS):
         return replies(self.run_to_end(MAIN, "-d", TINY, *options, typed=lines(prompts)).text)
 
-    def test_every_way_to_ask_gives_the_same_text(self):
+    def test_prompts_from_any_source_give_the_same_text(self):
         """Through main, as arguments, on stdin: same seed, same prompts, same text."""
         by_main = self.said_by_main(42)
         self.assertEqual(len(by_main), len(PROMPTS))
@@ -203,7 +203,7 @@ class ReproducibilityTest(SessionTestCase):
                          self.said_by_main("-t", 0, 2, prompts=story))
 
     def test_the_clock_gives_a_seed_that_can_be_used_again(self):
-        """Seed 0 tells the seed that it took, and that seed gives the same text."""
+        """With seed 0 the seed from the clock is printed, and it gives the same text again."""
         for program in (MAIN, INFERENCE):
             with self.subTest(program.name):
                 command = (program, "-d", TINY, "-t", 1.5)
@@ -269,7 +269,7 @@ class InputTest(SessionTestCase):
         self.assertNotIn("b'b'", session.text)
 
     def test_a_prompt_longer_than_the_window_is_refused(self):
-        """The message says so, and the next prompt is answered as if it had never been."""
+        """A message reports it, and the next reply is as if that prompt had not been typed."""
         session = self.chat(42)
         session.read_until(">>> ")
         session.send("7" * LONGEST + "\n")  # a token per digit, in a window of 1024
@@ -305,7 +305,7 @@ class InputTest(SessionTestCase):
 
 
 class WindowTest(SessionTestCase):
-    def test_a_full_window_drops_the_oldest_turns_and_says_so(self):
+    def test_a_full_window_drops_the_oldest_turns_and_reports_it(self):
         """The chat goes on within the window of 1024, and recent facts are still known."""
         prompts = cycle(("My name is Zelda.", "What is a thread?", "What is my name?"))
         session = self.chat("-t", 0, 42)
@@ -332,7 +332,7 @@ class WindowTest(SessionTestCase):
 
 
 class ByHandTest(SessionTestCase):
-    def test_an_engine_started_by_hand_signals_nobody(self):
+    def test_an_engine_started_by_hand_sends_no_signal(self):
         """A shell that starts the engine survives: a stray SIGUSR2 would kill it."""
         script = '"$0" "$@" 3>/dev/null; echo "engine: $?"'
         for environment in ({}, {"CHAT_FRONT_END": "1"}, {"CHAT_FRONT_END": str(os.getpid())}):
@@ -356,7 +356,7 @@ class ByHandTest(SessionTestCase):
         self.assertIn(str(LONGEST), session.text)
         self.assertEqual((session.status, session.errors), (0, ""))
 
-    def test_an_engine_in_a_terminal_asks_for_prompts(self):
+    def test_an_engine_in_a_terminal_prints_prompt_marks(self):
         """Started by hand in a terminal it shows a mark, answers, and ends at Ctrl-D."""
         session = self.start(INFERENCE, "-d", TINY, 42, terminal=True)
         session.read_until(">>> ")

@@ -1,4 +1,4 @@
-"""Every kernel table, every way to cut a prompt into passes and any number of threads give the same
+"""Every kernel table, every division of a prompt into passes and any number of threads give the same
 bits: those of the golden data, which an independent engine computed.
 """
 import ctypes

@@ -51,7 +51,7 @@ class MakeTestCase(SessionTestCase):
             (self.bin / tool).symlink_to(shutil.which(tool))
 
     def make(self, *arguments):
-        """make's exit status and all that it says."""
+        """make's exit status and its output."""
         # An outer make hands its own options down in the environment.
         environment = {name: value for name, value in os.environ.items() if "MAKE" not in name
                        and name != "MFLAGS"}
@@ -69,7 +69,7 @@ class MakeTestCase(SessionTestCase):
             path.write_text("as it was\n")
 
     def copy_sources(self):
-        """What make wants to see; its compiler shall be true(1)."""
+        """The files that make needs; its compiler is true(1)."""
         for source in TOP.glob("*.[ch]"):
             shutil.copy(source, self.top)
 
@@ -141,7 +141,7 @@ class PrepareTest(MakeTestCase):
         self.assertEqual((status, len(self.requests())), (0, 1), output)
 
     def test_a_broken_file_is_replaced(self):
-        """The program advises make prepare for a broken file, so that mends it."""
+        """A broken file is replaced, as the program's error message promises."""
         self.serve_all()
         self.install("wget", "-O")
         self.write("model.bin")
@@ -242,7 +242,7 @@ class PrepareTest(MakeTestCase):
 
 class OtherTargetsTest(MakeTestCase):
     def chat(self):
-        """What make chat prints, with a main that prints its arguments."""
+        """The output of make chat, with a main that prints its arguments."""
         program = self.top / "main"
         program.write_text("#!/bin/sh\necho called with $*\necho a line of the log >&2\n")
         program.chmod(0o755)

@@ -88,7 +88,7 @@ class InterruptTest(PhaseTestCase):
                     self.assert_ends(session, status, ending)
 
     def test_ctrl_c_ends_the_chat_at_any_moment(self):
-        """The terminal sends SIGINT to both processes; whoever dies first, it is an interrupt."""
+        """The terminal sends SIGINT to both processes; whichever dies first, it is an interrupt."""
         for phase in self.phases:
             with self.subTest(phase.__name__):
                 session = phase(terminal=True)
@@ -96,7 +96,7 @@ class InterruptTest(PhaseTestCase):
                 self.assert_ends(session, 130, "130 (SIGINT)")
 
     def test_ctrl_c_while_a_line_is_half_typed(self):
-        """What was typed does not matter."""
+        """Text typed before it has no effect."""
         session = self.typing(terminal=True)
         session.send("What is")
         session.read_until("What is")
@@ -114,7 +114,7 @@ class InterruptTest(PhaseTestCase):
         self.assert_ends(session, 130, "130 (SIGINT)")
 
     def test_a_death_beside_an_interrupt_is_an_interrupt(self):
-        """If the engine is dead and SIGINT is pending, the user wanted the end."""
+        """If the engine is dead and SIGINT is pending, it is an interrupt."""
         session = self.typing()
         session.signal(signal.SIGSTOP)
         os.kill(session.engine, signal.SIGKILL)
@@ -167,7 +167,7 @@ class InterruptTest(PhaseTestCase):
         self.assertLess(time.monotonic() - start, AT_ONCE)
 
     def test_signals_that_the_parent_ignores_do_not_matter(self):
-        """A shell that ignores or blocks them starts a main that works and ends as ever."""
+        """A shell that ignores or blocks them starts a main that works and ends as usual."""
         def ignore():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_IGN)
@@ -251,7 +251,7 @@ class EndOfInputTest(PhaseTestCase):
 
 class DeathTest(PhaseTestCase):
     def test_a_killed_child_is_noticed_at_once(self):
-        """Also while the user types: no key has to be pressed to learn that nobody listens."""
+        """Also while the user types: before any key is pressed."""
         for terminal in (False, True):
             for phase in self.phases:
                 with self.subTest(phase.__name__, terminal=terminal):
@@ -266,7 +266,7 @@ class DeathTest(PhaseTestCase):
         crash = "signal.raise_signal(signal.SIGSEGV)"
         for death, ending in (("sys.exit(3)", "3"), ("sys.exit(0)", "0"), (crash, "139 (SIGSEGV)"),
                             ("os.abort()", "134 (SIGABRT)")):
-            for phase in ("", "report()\n", "report()\nnext_prompt()\nsay('Well, ')\n"):
+            for phase in ("", "report()\n", "report()\nnext_prompt()\nput('Well, ')\n"):
                 with self.subTest(death=death, phase=phase):
                     session = self.start_fake(phase + death)
                     session.read_until(">>> ")
@@ -303,7 +303,7 @@ class DeathTest(PhaseTestCase):
 
 class NotificationTest(PhaseTestCase):
     def test_signals_without_data_are_ignored(self):
-        """SIGUSR2 from anybody does not make main believe that the reply is finished."""
+        """SIGUSR2 from another process does not count as the end of a reply."""
         session = self.start_fake(SLOW_REPLIES)
         session.send("Hello!\n")
         session.read_until("Well, ")
@@ -347,7 +347,7 @@ class NotificationTest(PhaseTestCase):
         self.assert_ends(session, 0, "0")
 
     def test_sigusr2_does_not_kill_the_engine(self):
-        """Whoever sends it, while the model loads and later."""
+        """From any process, while the model loads and later."""
         session = self.start_fake(LATE + SLOW_REPLIES)
         session.read_until(">>> ")
         os.kill(session.engine, signal.SIGUSR2)
@@ -360,7 +360,7 @@ class NotificationTest(PhaseTestCase):
 
     def test_an_engine_that_closes_the_return_pipe_costs_no_cpu(self):
         """Its end is an event that comes once."""
-        session = self.start_fake("os.close(3)\nsay('closed')\ntime.sleep(600)\n")
+        session = self.start_fake("os.close(3)\nput('closed')\ntime.sleep(600)\n")
         session.read_until("closed")
         time.sleep(1)
         main, = [process for process in session.family() if process.pid == session.pid]
@@ -393,7 +393,7 @@ class NotificationTest(PhaseTestCase):
 class ClosedFileTest(PhaseTestCase):
     def closed(self, redirections, typed=""):
         return self.run_to_end("sh", "-c", f'exec "$0" -d "$1" 42 {redirections}', MAIN, TINY,
-                               typed=ending)
+                               typed=typed)
 
     def test_a_closed_stdin_is_an_end_of_input(self):
         """A quiet end, with the child reaped."""
@@ -426,7 +426,7 @@ class ClosedFileTest(PhaseTestCase):
                 self.assertEqual(session.finish(), 1)
                 self.assertGreaterEqual(len(session.log_lines), 1)
 
-    def test_an_interrupt_ends_a_chat_that_nobody_reads(self):
+    def test_an_interrupt_ends_a_chat_whose_output_is_not_read(self):
         """A full pipe behind stdout does not keep main from its signals."""
         session = self.chat(42)
         fcntl.fcntl(session.reply, F_SETPIPE_SZ, 4096)
@@ -437,8 +437,8 @@ class ClosedFileTest(PhaseTestCase):
         self.assertEqual(session.process.wait(PATIENCE), 143)
         self.assertEqual(session.family(), [])
 
-    def test_an_interrupt_ends_a_chat_whose_log_nobody_reads(self):
-        """Likewise a full pipe behind stderr: rather a line of the log is lost."""
+    def test_an_interrupt_ends_a_chat_whose_log_is_not_read(self):
+        """Likewise a full pipe behind stderr: a line of the log is lost instead."""
         log = self.full_pipe()
         session = self.start_fake(SLOW_REPLIES, prepare=lambda: os.dup2(log, 2))
         session.send("Hello!\n")
@@ -448,7 +448,7 @@ class ClosedFileTest(PhaseTestCase):
         self.assert_ends(session, 130, "130 (SIGINT)")
 
     def test_a_full_disk_is_reported(self):
-        """Output that cannot be written although somebody wants it is an error, not a quiet end."""
+        """Output to a full disk is an error, unlike output to a closed pipe."""
         for program in (MAIN, INFERENCE):
             session = self.run_to_end("sh", "-c", 'exec "$0" -d "$1" 42 >/dev/full', program, TINY,
                                       typed="Hello!\n")
@@ -456,7 +456,7 @@ class ClosedFileTest(PhaseTestCase):
             self.assertIn("Cannot write the output", session.errors)
 
     def test_main_survives_a_reader_that_went_away(self):
-        """main's own words, the mark and the child's end, do not kill it by SIGPIPE either."""
+        """main's own output, the mark and the child's end, does not kill it by SIGPIPE either."""
         for act in (lambda session: session.send("\n"),
                     lambda session: os.kill(session.engine, signal.SIGKILL)):
             session = self.typing()
@@ -497,7 +497,7 @@ class StartTest(SessionTestCase):
         self.assert_refused(session, str(folder / "inference"), "make")
 
     def test_an_engine_that_cannot_be_executed_is_reported(self):
-        """A file without the permission is as good as none."""
+        """A file without the permission is reported like a missing one."""
         main = self.main_with_engine("")
         (main.parent / "inference").chmod(0o644)
         self.assert_refused(self.run_to_end(main, 42), str(main.parent / "inference"), "make")

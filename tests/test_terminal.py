@@ -51,7 +51,7 @@ class InputTest(SessionTestCase):
                                           typed="x" * length + end)
                 self.assertEqual(session.text.count("longer than 4095"), refused, (end, length))
 
-    def test_blank_lines_ask_again(self):
+    def test_blank_lines_get_another_mark(self):
         """White space alone is no prompt."""
         session = self.chat(42)
         session.read_until(">>> ")
@@ -80,7 +80,7 @@ class ScreenTest(SessionTestCase):
 
     def test_no_mark_after_fg_in_a_reply(self):
         """There the reply goes on."""
-        session = self.start_fake("report()\nnext_prompt()\nsay('Well, ')\nwait_for('done')\n"
+        session = self.start_fake("report()\nnext_prompt()\nput('Well, ')\nwait_for('done')\n"
                                   "put('done.\\n')\nreport()\nnext_prompt()\n")
         session.send("Hello!\n")
         session.read_until("Well, ")
@@ -91,7 +91,7 @@ class ScreenTest(SessionTestCase):
 
     def test_the_log_on_the_same_terminal_has_lines_of_its_own(self):
         """A hint at the start, and no log line behind half a line of the reply."""
-        session = self.start_fake("report()\nnext_prompt()\nsay('Well, ')\ntime.sleep(0.7)\n"
+        session = self.start_fake("report()\nnext_prompt()\nput('Well, ')\ntime.sleep(0.7)\n"
                                   "put('done.\\n')\nreport()\nnext_prompt()\n",
                                   terminal=True, errors_to_terminal=True)
         self.assertIn("2>log", session.read_until(">>> "))
