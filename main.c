@@ -709,7 +709,7 @@ static bool handle_events(Chat *chat, const struct pollfd events[EVENT_COUNT], i
     return true;
 }
 
-// Returns the name of a signal. (sigabbrev_np(3) would, but is younger than many systems.)
+// Returns the name of a signal. (sigabbrev_np(3) does the same, but many systems lack it.)
 static const char *signal_name(int signal) {
     static const struct {
         int number;

@@ -1820,7 +1820,7 @@ INLINE float NAME(maximum)(const float *x, size_t n) {
 }
 
 // A sum in index order makes each addition wait for the one before. So the rows are summed side by
-// side, and while the processor waits it takes the next exponentials.
+// side, and while the processor waits it computes the next exponentials.
 #define SOFTMAX_ROWS 3
 
 INLINE void NAME(softmax_rows)(float *x, size_t stride, const size_t rows, size_t n) {
@@ -1873,7 +1873,7 @@ KERNEL void NAME(swiglu)(float *out, const float *gate, const float *up, size_t 
 
 // Numbers of -127..127 as bytes.
 INLINE bytes NAME(narrow)(ints q) {
-#if defined(ISA_AVX2) // compilers would take the numbers out one by one
+#if defined(ISA_AVX2) // compilers would extract the numbers one by one
     __m128i low = _mm256_castsi256_si128((__m256i)q),
             high = _mm256_extracti128_si256((__m256i)q, 1);
     __m128i words = _mm_packs_epi32(low, high);
@@ -1935,9 +1935,9 @@ KERNEL void NAME(quantize)(QuantizedActivations *out, size_t token, const float 
 #endif
 }
 
-// A vector times a number in memory. AVX-512 spreads the number over the lanes for nothing if that
-// is a part of the multiplication; as an instruction of its own, which compilers prefer when they
-// need the number twice, it takes the time of an addition.
+// A vector times a number in memory. AVX-512 broadcasts the number at no cost as a part of the
+// multiplication. Compilers prefer a separate instruction when they need the number twice; it takes
+// the time of an addition.
 INLINE floats NAME(times_number)(floats v, const float *number) {
 #if defined(ISA_AVX512)
     floats product;
@@ -2137,7 +2137,7 @@ KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, Range rows,
     for (; row < rows.last; row += PANEL_ROWS) NAME(multiply_tile)(out, w, row, 1, x, 0, 1);
 }
 
-// All tokens times the rows of a tile, whose weights the first-level cache holds meanwhile.
+// All tokens times the rows of a tile, whose weights stay in the L1 cache.
 INLINE void NAME(multiply_panels)(float *out, const QuantizedTensor *w, size_t row,
                                   const size_t panels, const QuantizedActivations *x, size_t n) {
     size_t token = 0;

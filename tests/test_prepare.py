@@ -227,7 +227,7 @@ class PrepareTest(MakeTestCase):
         self.assert_failure_leaves({"model.bin"}, "tokenizer.bin .*not the file expected")
 
     def test_only_prepare_downloads(self):
-        """Not even make -B, which builds everything anew, touches the network."""
+        """Not even make -B, which builds everything again, touches the network."""
         self.copy_sources()
         self.serve_all()
         self.install("wget", "-O")
