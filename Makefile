@@ -1,7 +1,7 @@
 # make          builds everything          make chat     builds and starts a chat
-# make prepare  downloads SmolLM-135M      make test     checks everything, offline
+# make prepare  downloads SmolLM-135M      make test     runs the tests, offline
 #
-# The programs need no more than the one-line builds in README.md; -Wall -Wextra is for us.
+# The one-line builds in README.md suffice for the programs; -Wall -Wextra are for development.
 
 CC     = gcc
 CFLAGS = -Wall -Wextra

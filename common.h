@@ -89,8 +89,8 @@ exit_with_usage(int status, const char *format, ...) {
     exit(flush_output() < 0 ? 1 : status);
 }
 
-// Occupies those of the descriptors 0, 1 and 2 that are closed, and returns nothing; call it before
-// any other descriptor is opened. Then no file or pipe ever gets one of these numbers, and output
+// Occupies those of the descriptors 0, 1 and 2 that are closed; must be called before any other
+// descriptor is opened. Then no file or pipe ever gets one of these numbers, and output
 // for stdout or stderr cannot end up in it. /dev/null is opened for the wrong direction, so that
 // using a descriptor that was closed still fails, with EBADF.
 static inline void reserve_standard_fds(void) {
@@ -200,8 +200,8 @@ static inline bool parse_setting(Settings *settings, int option, const char *val
 
 // A command line: options may stand before, between and right behind the operands (POSIX's word for
 // a thread count or a seed), and "--" ends them. What stands behind, an engine's prompts, is never
-// taken for an option. getopt(3) alone does that on no system: glibc moves options from behind the
-// prompts to the front, and musl stops at the first operand.
+// parsed as an option. getopt(3) alone does not do that: glibc's moves options that stand behind
+// the prompts to the front, and musl's stops at the first operand.
 typedef struct {
     int argc;
     char **argv;

@@ -2,8 +2,8 @@
 //
 //     ./inference [options] <seed> ["prompt" ...]
 //
-// common.h has its protocol with the front end, model.h all that it computes. This file decides who
-// computes: a single worker, which claims all pieces of a step at once.
+// common.h has its protocol with the front end, model.h all that it computes. This file assigns the
+// work: its only worker claims all pieces of a step at once.
 #define _GNU_SOURCE
 #include "common.h"
 #include "model.h"

@@ -19,7 +19,7 @@
 #include <sys/wait.h>
 
 #define SAMPLE_INTERVAL 0.3 // seconds between two log lines
-#define GRACE_PERIOD 2.0    // seconds until an engine that is told to exit is killed
+#define GRACE_PERIOD 2.0    // seconds that an engine has to exit before it is killed
 #define NEVER INFINITY      // a time that does not come
 
 // ------------------------------------------------------------------------------------------------
@@ -243,8 +243,8 @@ static void report_policy_error(const SchedulingAttributes *attributes, int caus
         advice = "it needs root or CAP_SYS_NICE (or a resource limit that allows it, ulimit -e and "
                  "-r)";
     else if (cause == EBUSY)
-        advice = "the CPUs do not have that much time left for the deadlines of all threads; ask "
-                 "for less runtime per period";
+        advice = "the CPUs do not have that much time left for the deadlines of all threads; "
+                 "request less runtime per period";
     else if (cause == EINVAL && deadline)
         advice = "it needs 1024 ns <= runtime <= deadline <= period, and a period that the "
                  "kernel's sched_deadline_period_min_us and _max_us allow";
@@ -289,7 +289,7 @@ static bool can_write(int fd, int limit) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// The log: what /proc/<pid>/stat says about the engine, proc(5)
+// The log: samples of the engine's /proc/<pid>/stat, proc(5)
 
 typedef struct {
     pid_t pid;
@@ -332,9 +332,9 @@ static void note_failure(CpuMeter *meter, const char *file) {
     if (meter->failure == NULL) meter->failure = file;
 }
 
-// Writes one log line. utime and stime are in clock ticks, vsize is in bytes. If nobody reads the
-// log the line is lost, rather than main blocked. `in_reply`: the cursor may be in a line of the
-// reply.
+// Writes one log line. utime and stime are in clock ticks, vsize is in bytes. A line that stderr
+// cannot take at once is lost, as main must not block. `in_reply`: the cursor may be in a line of
+// the reply.
 static void log_sample(CpuMeter *meter, bool in_reply) {
     char path[64], stat[4096], line[1024], *name, *fields[FIELDS_END];
     int name_length;
@@ -389,7 +389,7 @@ typedef struct {
     int returns; // read end of the return pipe, non-blocking; -1 when the engine has closed it
 } Child;
 
-// Finds the engine's binary beside main's own, wherever main was called from.
+// Finds the engine's binary in the folder of main's own, which need not be the current one.
 static void engine_path(char path[PATH_MAX], const char *name) {
     ssize_t length = readlink("/proc/self/exe", path, PATH_MAX - 1);
     path[length > 0 ? length : 0] = '\0';
@@ -400,8 +400,9 @@ static void engine_path(char path[PATH_MAX], const char *name) {
 }
 
 // Undoes in the child what main has changed for itself, and puts the pipes where the engine finds
-// them. Returns 0, or -1 with errno. The order matters: RETURN_FD is in use since before the pipes
-// were opened (by a duplicate in *before, if by nothing else), so it is the number of neither end.
+// them. Returns 0, or -1 with errno. RETURN_FD may be the number of a duplicate in *before, so it
+// is overwritten after both have been used. It is the number of neither pipe end: it was in use
+// before the pipes were opened, at least by such a duplicate.
 static int restore_inherited(const Inherited *before, pid_t front_end, int prompts, int returns) {
     char pid[24];
     snprintf(pid, sizeof(pid), "%d", (int)front_end);
@@ -517,8 +518,8 @@ __attribute__((format(printf, 2, 3))) static void print(Chat *chat, const char *
     if (!chat->output_closed) chat->output_length += length < room ? length : room - 1;
 }
 
-// Asks the engine to exit: it reads the end of the pipe. It is notified of that as of a prompt.
-// What it may still print begins on a new line behind the prompt mark.
+// Makes the engine exit: closes its pipe, and raises SIGUSR1 as for a prompt, so that the engine
+// reads the end of file. What it may still print begins on a line of its own.
 static void dismiss_engine(Chat *chat) {
     if (chat->phase == EXITING) return;
     chat->phase = EXITING;
@@ -652,13 +653,12 @@ static bool read_signals(Chat *chat) {
     return child_died;
 }
 
-// The wake time has come.
+// Handles the wake time: writes a log line, or kills an engine that has not exited in time.
 static void on_timeout(Chat *chat) {
     double now = seconds(CLOCK_MONOTONIC);
     if (chat->phase == GENERATING) {
         log_sample(&chat->meter, true);
-        // After a pause (the machine slept, the user typed Ctrl-Z) the missed lines are not made
-        // up.
+        // After a pause (the machine slept, the user typed Ctrl-Z) the missed lines are left out.
         chat->wake_time += SAMPLE_INTERVAL;
         if (chat->wake_time < now) chat->wake_time = now + SAMPLE_INTERVAL;
     } else {
@@ -669,9 +669,9 @@ static void on_timeout(Chat *chat) {
 
 enum { SIGNALS, RETURNS, INPUT, OUTPUT, EVENT_COUNT };
 
-// Waits until one of the events comes or the wake time. Returns what ppoll(2) returns. stdin is
-// watched on the shell's description, not on main's own: a named pipe that was opened again after
-// its last writer had closed it would never become readable.
+// Waits for one of the events or the wake time. Returns what ppoll(2) returns. It polls
+// STDIN_FILENO, not the description that main opened again: if the last writer of a named pipe
+// closes it before that, ppoll(2) never reports the end of file on the new description.
 static int wait_for_event(const Chat *chat, struct pollfd events[EVENT_COUNT]) {
     bool takes_input = chat->phase == PROMPTING && chat->output_length == 0;
     events[SIGNALS] = (struct pollfd){.fd = chat->signals, .events = POLLIN};
@@ -686,8 +686,8 @@ static int wait_for_event(const Chat *chat, struct pollfd events[EVENT_COUNT]) {
     return ppoll(events, EVENT_COUNT, &timeout, NULL);
 }
 
-// Calls waitpid(2) with these flags. Returns whether the engine is gone, with its status. A status
-// that cannot be had is reported, and the chat ends all the same: no other event would end it.
+// Calls waitpid(2) with these flags. Returns whether the engine is gone, with its status. An error
+// of waitpid(2) is reported and ends the chat, too: no other event would end it.
 static bool reap_engine(Chat *chat, int flags, int *status) {
     pid_t pid = waitpid(chat->child.pid, status, flags);
     if (pid >= 0) return pid > 0;
@@ -709,7 +709,7 @@ static bool handle_events(Chat *chat, const struct pollfd events[EVENT_COUNT], i
     return true;
 }
 
-// Returns the name of a signal. (sigabbrev_np(3) would, but is younger than many systems.)
+// Returns the name of a signal. (sigabbrev_np(3) does the same, but many systems lack it.)
 static const char *signal_name(int signal) {
     static const struct {
         int number;
@@ -727,7 +727,7 @@ static const char *signal_name(int signal) {
 }
 
 // Reports how the engine ended. Returns main's exit status: that of the interrupt, if there was
-// one, whichever process died first; 0 if the engine exited as it was asked to; else 1.
+// one, whichever process died first; 0 if the engine exited after the end of input; else 1.
 static int report_exit(Chat *chat, int status) {
     int signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
     if (chat->interrupt) signal = chat->interrupt;

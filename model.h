@@ -16,7 +16,8 @@
 // a matrix, the positions of attention scores, the dimensions of attention values), never along a
 // sum. Only the integer sums inside a group of 64 weights are reordered, and those are exact.
 //
-// An engine (inference.c, parallel.c) includes this file and decides who computes: see section 4.
+// An engine (inference.c, parallel.c) includes this file and assigns the work to its workers: see
+// section 4.
 #ifndef MODEL_H
 #define MODEL_H
 
@@ -44,7 +45,7 @@
 #error "model.bin is little endian and is read as it is: build for a little-endian processor"
 #endif
 
-// A multiply and an add must stay two roundings. Each compiler has its own way to say so.
+// A multiply and an add must round twice. Each compiler has a directive of its own for that.
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #else
@@ -61,7 +62,7 @@
 //            uint8 shared_classifier, int32 group_size (unaligned, at 37), zeros
 //   float32  rms_att_weight[layer][dim], rms_ffn_weight[layer][dim], rms_final_weight[dim]
 //   tensors  embedding[vocab][dim]; wq of every layer, then wk of every layer, wv, wo, w1, w2, w3;
-//            the classifier[vocab][dim] unless the embedding serves for it
+//            the classifier[vocab][dim] unless it shares the embedding's weights
 //
 // A tensor is int8 q[rows * cols], then float32 s[rows * cols / 64], one scale for 64 weights of a
 // row.
@@ -93,9 +94,10 @@ typedef struct {
     float s[PANEL_ROWS];
 } Panel;
 
-// The even panels of all tensors follow each other in the order in which a pass reads them, and so
-// do the odd ones. A kernel that takes two panels at a time reads two long streams of memory, which
-// are 25% faster than one on a Zen 3, and 5% on a Zen 4.
+// The rows of panels of a tensor belong to the streams 0, 1, 2, 3, 0 ... Each stream holds its
+// panels of all tensors in the order in which a pass reads them. A kernel that takes STREAMS panels
+// at a time reads memory in STREAMS long runs; with a single one, decoding takes 1.25 times as long
+// (Zen 3, AVX2).
 #define STREAMS 4
 
 typedef struct {
@@ -109,7 +111,7 @@ static Panel *panels_of(const QuantizedTensor *w, size_t row) {
     return w->panels[number % STREAMS] + number / STREAMS * (w->cols / GROUP);
 }
 
-// Matrices that have the same input are one tensor, which is one stream of memory.
+// Matrices that have the same input are one tensor.
 typedef struct {
     const float *rms_att_weight, *rms_ffn_weight; // [dim]
     QuantizedTensor wqkv; // [dim + 2 * kv_dim][dim]: the rows of wq, then of wk, then of wv
@@ -306,7 +308,7 @@ static const Kernels *choose_kernels(void) {
 // ------------------------------------------------------------------------------------------------
 // 3  Transformer: loading and memory
 
-#define MAX_BATCH 128 // tokens of one pass: their activations stay in the second-level cache
+#define MAX_BATCH 128 // tokens of one pass: their activations stay in the L2 cache
 #define MAX_WORKERS MAX_THREADS
 #define NORM_ROWS 4                           // rows that rmsnorm() sums side by side
 #define ROWS_PER_PIECE (STREAMS * PANEL_ROWS) // of a matrix, what a worker claims at a time
@@ -460,8 +462,8 @@ static size_t expected_file_size(const Config *c, bool shared_classifier) {
     return HEADER_SIZE + count_norms(c) * sizeof(float) + weights + weights / GROUP * sizeof(float);
 }
 
-// Gives a tensor its shape and its place in the streams, which hold used[i] panels before; without
-// streams it only counts the panels.
+// Sets the shape of a tensor and its place in the streams, of which used[i] panels are occupied,
+// and adds its own panels to them. If `streams` is NULL, it only counts.
 static void place_tensor(QuantizedTensor *w, size_t rows, size_t cols, Panel *streams[STREAMS],
                          size_t used[STREAMS]) {
     size_t panel_rows = (rows + PANEL_ROWS - 1) / PANEL_ROWS;
@@ -490,7 +492,7 @@ static void place_tensors(Weights *w, const Config *c, bool shared_classifier,
 }
 
 // Reads a tensor of `rows` rows from the file into w: row r becomes row
-// start + r + r / PANEL_ROWS * skip.
+// start + r + r / PANEL_ROWS * skip. With a skip of PANEL_ROWS it fills every second panel.
 static void read_tensor(ModelFile *file, QuantizedTensor *w, size_t start, size_t skip,
                         size_t rows) {
     size_t groups = w->cols / GROUP;
@@ -535,7 +537,7 @@ static void read_weights(ModelFile *file, Weights *w, const Config *c) {
 }
 
 // Returns fresh memory, which reads as zero; NULL, after reporting it, if there is not enough. The
-// flags are mmap(2)'s: MAP_NORESERVE for memory of which most is never written and never there.
+// flags are mmap(2)'s: MAP_NORESERVE for memory most of which is never written or resident.
 static void *get_memory(const char *path, const char *what, size_t size, int flags) {
     void *memory =
         mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
@@ -576,8 +578,8 @@ typedef struct {
 } KvChunk;
 
 // Returns the chunk that holds a position. The cache is [position / CHUNK][layer][keys, values]
-// [kv_head]: a short chat uses one chunk of each layer, which lie together, and yet a worker reads
-// what its heads need of a layer in long runs.
+// [kv_head]: a short chat occupies only the beginning of it, and yet the keys that a worker needs
+// for a head of a layer lie together, and so do the values.
 static KvChunk kv_chunk(const State *s, const Config *c, size_t layer, size_t kv_head,
                         size_t position) {
     size_t size = CHUNK * (size_t)c->kv_dim; // floats
@@ -647,7 +649,7 @@ static int build_weights(Transformer *t, bool shared_classifier, ModelFile *file
     t->panels_size = all * sizeof(Panel);
     t->panels = get_memory(file->path, "its weights", t->panels_size, 0);
     if (t->panels == NULL) return -1;
-    // Huge pages, where the kernel has some: prefetching stops at the end of a page.
+    // Huge pages, if the kernel has some: the processor's prefetching stops at the end of a page.
     madvise(t->panels, t->panels_size, MADV_HUGEPAGE);
     for (size_t i = 0; i < STREAMS; i++) streams[i] = i ? streams[i - 1] + count[i - 1] : t->panels;
     place_tensors(w, c, shared_classifier, streams, used);
@@ -686,9 +688,10 @@ static int build_transformer(Transformer *t, const char *path) {
 //
 //     for (Range rows = {0}; claim(worker, count, piece_size, &rows);) compute these rows
 //
-// where claim() of the engine assigns each piece to one worker. It returns false when no piece is
-// left and the others have finished theirs, so that the next step can rely on the whole result. A
-// worker that comes late finds the pieces of a step done and goes on to the next.
+// where claim() of the engine assigns each piece to one worker. It is also the barrier between two
+// steps: it returns false when all pieces of the step are done, also those of other workers, so
+// that the next step can rely on the whole result. A worker that comes late goes on to the next
+// step.
 
 typedef struct {
     Transformer *transformer;
@@ -768,9 +771,10 @@ static void quantize_tokens(const Pass *pass, int worker, MatrixInput *in, Range
     }
 }
 
-// Prepares the input of a matrix. To quantize several tokens is a step of its own. A single token
-// each worker quantizes for itself, in mat_mul(), once it has claimed rows: that is cheaper than to
-// wait for another worker, and a late worker must not read x any more.
+// Prepares the input of a matrix. Several tokens are quantized in a step of their own. For a single
+// token every worker repeats the work in its own buffer, in mat_mul(): cheaper than a barrier. It
+// does that after it has claimed rows, because x is not overwritten before all claimed rows are
+// done.
 static MatrixInput quantize_input(const Pass *pass, int worker, const float *x, const float *weight,
                                   size_t width, size_t n) {
     State *s = &pass->transformer->state;
@@ -889,8 +893,8 @@ static void attention_block(const Pass *pass, int worker, size_t layer) {
         store_keys_and_values(pass, layer, rows);
     }
 
-    // The heads of a single token are divided among the workers in as few pieces as possible, as
-    // query heads that share keys should stay together. Several tokens are claimed one by one.
+    // A single token: one piece for each worker, so that most query heads that share a KV head stay
+    // together. Several tokens: each token is a piece.
     size_t heads = ((size_t)c->n_heads + pass->workers - 1) / pass->workers;
     if (n == 1)
         for (Range piece = {0}; claim(worker, c->n_heads, heads, &piece);)
@@ -976,8 +980,9 @@ static inline float *forward(Transformer *t, const int *tokens, int n, int pos) 
 // tokenizer.bin: int32 max_token_length, then for each id a float32 score, an int32 length and that
 // many raw bytes. Any byte may be in a token, zeros too.
 //
-// Text is first cut into pieces, then the bytes of each piece are merged into tokens: always the
-// pair of neighbours whose union is the token with the highest score, the leftmost of equals.
+// Byte-level BPE (byte pair encoding): the pre-tokenizer cuts text into pieces, then the bytes of
+// each piece are merged into tokens, always the pair of neighbours whose concatenation is the token
+// with the highest score, the leftmost of equals.
 
 #define MAX_TOKENIZER_SIZE (64 << 20) // bytes; SmolLM's has 0.7 MB
 #define MAX_PROBES 16                 // of the hash table for a token, on average
@@ -1149,7 +1154,7 @@ static int build_tokenizer(Tokenizer *t, const char *path, int vocab_size) {
     read_bytes(&file, t->file, file.size);
     if (file.failed || read_tokens(t, file.size, path) < 0) goto failed;
 
-    // A file can be made so that its tokens collide in the hash table, which would take hours.
+    // In a hostile file all tokens may collide in the hash table; searching it would take hours.
     size_t probes = 0;
     memset(t->table, -1, t->table_size * sizeof(int32_t));
     for (int id = 0; id < vocab_size; id++) {
@@ -1176,8 +1181,8 @@ failed:
     return -1;
 }
 
-// Control tokens are spelled <name> or <|name|>. No token of plain text is: the cutting below never
-// lets letters and other signs into one piece.
+// Control tokens are spelled <name> or <|name|>. encode() never yields one: the pre-tokenizer below
+// puts letters and punctuation into different pieces. So a user cannot type a control token.
 static bool is_control_token(const Tokenizer *t, int id) {
     const Token *token = &t->tokens[id];
     if (token->length < 3 || token->bytes[0] != '<' || token->bytes[token->length - 1] != '>')
@@ -1207,8 +1212,9 @@ static size_t run_of(const Tokenizer *t, int class, const char *text, size_t len
     return at;
 }
 
-// The length of the first piece of a text that is not empty. Every number stands alone; the rest is
-// GPT-2's pattern:  's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+// The pre-tokenizer: returns the length of the first piece of a text that is not empty. Every
+// numeric character is a piece; the rest is GPT-2's pattern:
+//  's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 static size_t piece_length(const Tokenizer *t, const char *text, size_t length) {
     static const char *const endings[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
     for (size_t i = 0; i < sizeof(endings) / sizeof(endings[0]); i++) {
@@ -1220,8 +1226,8 @@ static size_t piece_length(const Tokenizer *t, const char *text, size_t length) 
     if (class == NUMBER) return character;
     if (class != SPACE) return run_of(t, class, text, length, &last);
 
-    // Spaces. What follows them, other than a number, takes the last one along if it is U+0020; if
-    // it is another one, that stands alone. Text and number boundaries end the run just so.
+    // White space. Before a number or the end of the text, all of it is one piece. Otherwise its
+    // last character begins the next piece: U+0020 together with what follows, any other alone.
     size_t spaces = run_of(t, SPACE, text, length, &last);
     int next = spaces < length ? classify(t, text + spaces, length - spaces, &character) : NUMBER;
     if (next == NUMBER) return spaces;
@@ -1237,7 +1243,7 @@ typedef struct {
     int left, right; // index of the neighbours; -1 and the piece's length at the ends
 } Symbol;
 
-// Offers the union of a symbol and its right neighbour for merging, if it is a token.
+// Offers a symbol and its right neighbour for merging, if their concatenation is a token.
 static void offer_merge(const Tokenizer *t, const char *piece, int length, const Symbol *symbols,
                         int left, Item *heap, int *count) {
     int right = left < 0 ? length : symbols[left].right;
@@ -1248,8 +1254,8 @@ static void offer_merge(const Tokenizer *t, const char *piece, int length, const
 }
 
 // Merges a piece, all of whose bytes are tokens, and returns the number of ids. The best pair comes
-// from a heap, which makes n log n of what would be quadratic. heap has room for 3 * length items:
-// one per neighbours at the start, and two per merge.
+// from a heap, so the time is n log n, not quadratic. heap has room for 3 * length items: one for
+// each pair of neighbours at the start, and two for each merge.
 static int merge_piece(const Tokenizer *t, const char *piece, int length, Symbol *symbols,
                        Item *heap, int *ids) {
     int count = 0;
@@ -1257,8 +1263,7 @@ static int merge_piece(const Tokenizer *t, const char *piece, int length, Symbol
     for (int i = 0; i < length; i++) offer_merge(t, piece, length, symbols, i, heap, &count);
     while (count > 0) {
         Item best = pop(heap, &count);
-        // Neighbours only ever grow: if their total still is that of the offer, they are the same
-        // two.
+        // Skip the offer if one of the two has been merged since: the pair is longer then.
         Symbol *left = &symbols[best.order];
         if (left->length == 0 || left->right == length ||
             left->length + symbols[left->right].length != best.length)
@@ -1277,7 +1282,7 @@ static int merge_piece(const Tokenizer *t, const char *piece, int length, Symbol
 }
 
 // Plain text to ids, no template: control tokens spelled in the text are text. tokens has room for
-// length + 1. Returns the number of ids, or -1 after a complaint if there is no memory.
+// length + 1. Returns the number of ids, or -1 after reporting that there is no memory.
 static int encode(Tokenizer *t, const char *text, size_t length, int *tokens) {
     char *piece = malloc(length + 1);
     Symbol *symbols = malloc((length + 1) * sizeof(Symbol));
@@ -1338,7 +1343,7 @@ static uint32_t random_u32(uint64_t *state) {
 
 static float random_f32(uint64_t *state) { return (float)(random_u32(state) >> 8) / 16777216.0f; }
 
-// Divides n logits by the temperature. False if they are not all finite.
+// Divides n logits by the temperature. Returns false if they are not all finite.
 static bool divide_logits(float *x, int n, float temperature) {
     uint32_t bad = 0;
     for (int i = 0; i < n; i++) {
@@ -1357,14 +1362,14 @@ static int argmax(const float *x, int n) {
     return best;
 }
 
-// Draws from the smallest set of likeliest tokens whose probability exceeds top_p. The heap gives
-// them in falling order, one by one, so that nothing is sorted that is not looked at.
+// Top-p (nucleus) sampling: draws from the smallest set of likeliest tokens whose probability
+// exceeds top_p. The heap yields them in falling order, so that only the set is sorted.
 static int sample_top_p(Sampler *s, const float *p, float coin) {
     float cutoff = (1 - s->top_p) / (float)(s->vocab_size - 1); // less can't be part of the set
     Item *items = s->candidates;
     int count = 0;
     for (int start = 0, end; start < s->vocab_size; start = end) {
-        // Hardly any are likely enough: look at 16 of them in one go.
+        // Few tokens reach the cutoff: most blocks of 16 are skipped after one test.
         int likely = 0;
         end = start + 16 < s->vocab_size ? start + 16 : s->vocab_size;
         for (int i = start; i < end; i++) likely |= p[i] >= cutoff;
@@ -1385,7 +1390,7 @@ static int sample_top_p(Sampler *s, const float *p, float coin) {
     return items[count].order;
 }
 
-// The next token; logits are overwritten. -1, after a complaint, if they are not all finite.
+// Returns the next token, or -1 after reporting that not all logits are finite. Overwrites them.
 static int sample(Sampler *s, float *logits) {
     int n = s->vocab_size;
     bool greedy = s->temperature == 0;
@@ -1402,9 +1407,11 @@ static int sample(Sampler *s, float *logits) {
 // ------------------------------------------------------------------------------------------------
 // 7  Generation: one turn of the chat
 //
-// A turn is SmolLM's own template; what the model has to continue ends at the first vertical bar:
+// A turn is SmolLM's own chat template, ChatML. begin_turn() appends the first line, generate() the
+// second:
 //
-//   <|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n | {reply}<|im_end|>\n
+//   <|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n
+//   {reply}<|im_end|>\n
 
 #define CLOSING 2 // tokens behind a reply: <|im_end|> and newline
 
@@ -1429,15 +1436,15 @@ struct Session {
     Drafts drafts;
 };
 
-// Text on its way to the user: a character's bytes wait until it is complete.
+// Prints whole characters: the bytes of a character are kept until it is complete.
 typedef struct {
     char bytes[4];
     size_t count;
     bool line_open; // the last character printed was not a newline, or there is none
 } Printer;
 
-// Prints what is whole characters; control characters but newline and tab (a terminal would obey
-// them, U+0080..9F as well) and bytes that are no UTF-8 are left out.
+// Prints text. Leaves out bytes that are no UTF-8 and control characters but newline and tab, as a
+// terminal would execute them, U+0080..9F, too.
 static void print_text(Printer *printer, const char *text, size_t length) {
     for (size_t i = 0; i < length; i++) {
         printer->bytes[printer->count++] = text[i];
@@ -1599,7 +1606,8 @@ static int decode(Session *s, Reply *reply) {
     Drafts *drafts = &s->drafts;
     int pending = s->length - s->cached, most = reply->limit - reply->generated - 1;
     if (most > drafts->max_length) most = drafts->max_length;
-    // A draft that does not pay is not verified, but its first token still shows how good it was.
+    // The best length may be 0. The first token of such a draft is compared with the draw all the
+    // same, so that drafts.right does not stay low.
     bool proposed = most > 0 && propose_draft(s, most);
     int draft = proposed ? best_draft_length(drafts, most) : 0;
     double start = seconds(CLOCK_MONOTONIC);
@@ -1631,8 +1639,8 @@ static int begin_turn(Session *s, const char *prompt, size_t length) {
         printf("The prompt has %d tokens and was not used: the context window holds %d.\n", count,
                seq_len);
     if (result == 0) {
-        // A reply may be longer than half the window only if there is room: what was said before is
-        // worth more.
+        // Reserves at most half the window for the reply, so that a large -m does not drop the
+        // whole conversation. A longer reply needs room that is free anyway.
         int reserve = s->max_new_tokens < seq_len / 2 ? s->max_new_tokens : seq_len / 2;
         make_room(s, count + reserve + CLOSING);
         s->turns[s->turn_count++] = s->length;
@@ -1877,7 +1885,7 @@ INLINE float NAME(maximum)(const float *x, size_t n) {
 }
 
 // A sum in index order makes each addition wait for the one before. So the rows are summed side by
-// side, and while the processor waits it takes the next exponentials.
+// side, and while the processor waits it computes the next exponentials.
 #define SOFTMAX_ROWS 3
 
 INLINE void NAME(softmax_rows)(float *x, size_t stride, const size_t rows, size_t n) {
@@ -1930,7 +1938,7 @@ KERNEL void NAME(swiglu)(float *out, const float *gate, const float *up, size_t 
 
 // Numbers of -127..127 as bytes.
 INLINE bytes NAME(narrow)(ints q) {
-#if LANES == 8 // compilers would take the numbers out one by one
+#if LANES == 8 // compilers would extract the numbers one by one
     __m128i low = _mm256_castsi256_si128((__m256i)q),
             high = _mm256_extracti128_si256((__m256i)q, 1);
     __m128i words = _mm_packs_epi32(low, high);
@@ -1992,9 +2000,9 @@ KERNEL void NAME(quantize)(QuantizedActivations *out, size_t token, const float 
 #endif
 }
 
-// A vector times a number in memory. AVX-512 spreads the number over the lanes for nothing if that
-// is a part of the multiplication; as an instruction of its own, which compilers prefer when they
-// need the number twice, it takes the time of an addition.
+// A vector times a number in memory. AVX-512 broadcasts the number at no cost as a part of the
+// multiplication. Compilers prefer a separate instruction when they need the number twice; it takes
+// the time of an addition.
 INLINE floats NAME(times_number)(floats v, const float *number) {
 #if LANES == 16
     floats product;
@@ -2199,7 +2207,7 @@ KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, Range rows,
     for (; row < rows.last; row += PANEL_ROWS) NAME(multiply_tile)(out, w, row, 1, x, 0, 1);
 }
 
-// All tokens times the rows of a tile, whose weights the first-level cache holds meanwhile.
+// All tokens times the rows of a tile, whose weights stay in the L1 cache.
 INLINE void NAME(multiply_panels)(float *out, const QuantizedTensor *w, size_t row,
                                   const size_t panels, const QuantizedActivations *x, size_t n) {
     size_t token = 0;

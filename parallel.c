@@ -12,8 +12,8 @@
 #include <stdatomic.h>
 #include <sys/resource.h>
 
-// How long a worker spins before it sleeps. Workers end a step within a few microseconds of each
-// other, while to sleep and wake up takes some 50. A longer spin would keep the CPU from a worker
+// How long a worker spins before it sleeps. Workers finish a step within a few microseconds of each
+// other, while sleeping and waking takes some 50. A longer spin would keep the CPU from a worker
 // that the others wait for.
 #define SPIN_SECONDS 13e-6
 
@@ -24,18 +24,18 @@
 // and take part. There are at most as many workers as CPUs; the threads beyond sleep all along.
 //
 // The pieces of a step are divided among the workers. A worker claims the pieces of its own share
-// in order, which is one stream of memory, and then those that are left of the others' shares. So a
-// worker that loses its CPU holds up the others by one piece, and one that wakes up late finds the
-// pieces done and goes on to the next step.
+// in order, which lie one after another in memory, and then those that are left of the others'
+// shares. So a worker that loses its CPU delays the others by one piece, and one that wakes late
+// finds the pieces done and goes on to the next step.
 
 typedef struct {
-    // Which pieces of this worker's share are claimed: the number of the step in the upper half,
-    // the next piece in the lower half. A step that is not this one's has claimed none yet, so
-    // nothing has to be reset between steps.
+    // Which pieces of this worker's share are claimed: the number of a step in the upper half, its
+    // next piece in the lower half. While the upper half is an earlier step, no piece of the
+    // current step has been claimed, so nothing has to be reset between steps.
     _Alignas(64) atomic_ullong claims;
     atomic_uint done; // pieces that this worker has computed, in all steps
     // Only the worker itself uses these; the counts wrap around.
-    _Alignas(64) unsigned step; // number of the step that it is at
+    _Alignas(64) unsigned step; // number of its current step
     unsigned total;             // pieces of all steps up to this one
     unsigned claimed;           // pieces that this worker has claimed, in all steps
 } WorkerSlot;
@@ -45,10 +45,10 @@ typedef struct {
 } Usage;
 
 static struct {
-    pthread_t threads[MAX_THREADS]; // but for thread 0, the caller
+    pthread_t threads[MAX_THREADS]; // without thread 0, which is the caller
     Usage usage[MAX_THREADS];       // of each thread, when it has ended
     int size;                       // threads
-    int workers;                    // of them take part in passes
+    int workers;                    // threads that take part in passes
     WorkerSlot slots[MAX_THREADS];  // one for each worker
     atomic_int asleep;              // workers that sleep in barrier_wait()
 
@@ -62,8 +62,8 @@ static struct {
     bool closing;
 } pool;
 
-// Whether so many pieces are done in all. Nothing of a later step is computed before a step is
-// done, so `total` pieces are all those of the steps up to one.
+// Returns whether a step is done, where `total` is the number of pieces of all steps up to it. No
+// piece of a later step is computed before, so the sum of all finished pieces shows it.
 static bool are_done(unsigned total) {
     unsigned sum = 0;
     for (int i = 0; i < pool.workers; i++) sum += pool.slots[i].done;
@@ -89,7 +89,8 @@ static void barrier_wait(WorkerSlot *slot) {
     pthread_mutex_unlock(&pool.lock);
 }
 
-// Claims the next piece of a worker's share of the step in `slot`, if there is one: *next.
+// Claims the next piece of the owner's share of the current step of `slot`. Returns false if none
+// is left, else its number in *next.
 static bool claim_from(const WorkerSlot *slot, int owner, unsigned pieces, unsigned *next) {
     unsigned first = (unsigned)((uint64_t)pieces * owner / pool.workers);
     unsigned end = (unsigned)((uint64_t)pieces * (owner + 1) / pool.workers);
@@ -128,7 +129,7 @@ static Usage thread_usage(void) {
                    (double)usage.ru_stime.tv_sec + 1e-6 * (double)usage.ru_stime.tv_usec};
 }
 
-// A thread of the pool: wait for a pass, take part in it, and again.
+// A thread of the pool: waits for a pass, takes part in it, and repeats that.
 static void *thr_func(void *argument) {
     int thread = (int)(intptr_t)argument;
     bool is_worker = thread < pool.workers;
@@ -139,7 +140,7 @@ static void *thr_func(void *argument) {
             pthread_cond_wait(is_worker ? &pool.work_ready : &pool.closed, &pool.lock);
         if (pool.closing) break;
         seen = pool.passes;
-        // A copy: a late worker may still be on its way through a pass when that is over.
+        // A copy: worker 0 may publish the next pass while a late worker still goes through this.
         Pass pass = pool.pass;
         pool.slots[thread].step = pool.step;
         pool.slots[thread].total = pool.total;

@@ -1,9 +1,8 @@
 // bench.c - what bench.py measures inside of an engine: the read bandwidth of the machine and the
-// speed of decoding and of prompts, in turn, so that what disturbs the machine disturbs all of
-// them.
+// speed of decoding and of prompts, in turn, so that other load on the machine affects all of them.
 //
 //     bench MODEL RUNS           prints a line of figures per run, see main()
-//     bench --plain MODEL RUNS   seconds per token of the oracle, compiled just so: plain loops
+//     bench --plain MODEL RUNS   seconds per token of the oracle, in plain loops
 //     bench --drafts DIR RUNS    a conversation without and with drafts, see bench_drafts()
 //     bench --repeating DIR RUNS the same for a model that repeats one token
 //     bench --tables             the kernel tables that this machine has
@@ -22,7 +21,7 @@
 #include <sys/resource.h>
 
 // ------------------------------------------------------------------------------------------------
-// Read bandwidth: how fast can `threads` threads read as many bytes as a model has?
+// Read bandwidth: `threads` threads read as many bytes as a model has
 
 #define LINE 64
 
@@ -37,7 +36,7 @@ typedef struct {
     pthread_barrier_t *all_here;
 } Reading;
 
-// Reads a block as several streams side by side, which is how the hardware is at its best.
+// Reads a block as several streams side by side, which is faster than a single one.
 static void *read_block(void *argument) {
     Reading *reading = argument;
     size_t part = reading->size / (size_t)reading->streams / LINE * LINE;
@@ -81,7 +80,7 @@ static double time_reading(const char *memory, size_t size, int threads, int str
 }
 
 // ------------------------------------------------------------------------------------------------
-// Medians, which a neighbour of the machine does not move so easily
+// Medians, which are robust against other load on the machine
 
 static int compare_doubles(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
@@ -166,7 +165,7 @@ static double prefill_rate(Transformer *t, int tokens) {
     return tokens / (seconds(CLOCK_MONOTONIC) - start);
 }
 
-// Caches as after a long chat, without the time that it would take.
+// Fills the KV cache as after a long chat, without computing it.
 static void fill_caches(Transformer *t) {
     uint64_t state = 1;
     for (size_t i = 0; i < t->state.kv_cache_size / sizeof(float); i++)

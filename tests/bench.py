@@ -121,7 +121,7 @@ def decoding_and_prompts(columns):
 def single_thread(runs, model, folder):
     rows = []
     bench = build("bench", "-O3")
-    for kernels in figures_of_tables(bench):
+    for kernels in kernel_names(bench):
         columns = figures(bench, model, runs, KERNELS=kernels)
         row = [kernels, spread([b / 1e9 for b in columns[0]], "{:.1f}"), *decoding_and_prompts(columns)]
         ready, first, peak = zip(*(start_up(folder, KERNELS=kernels) for _ in range(runs)))
@@ -134,7 +134,7 @@ def single_thread(runs, model, folder):
     print_table(["kernels", "read GB/s", *HEAD, "ready, ms", "first token, ms", "memory, MB"], rows)
 
 
-def figures_of_tables(bench):
+def kernel_names(bench):
     """The names of the kernel tables that this machine has, the best first."""
     result = subprocess.run([bench, "--tables"], check=True, stdout=subprocess.PIPE,
                             universal_newlines=True)

@@ -70,7 +70,7 @@ def counters(pid):
 
 
 class Reply:
-    """The text that came for a prompt, the moments of its begin and end, the counters then."""
+    """The reply to a prompt, the times of its start and end, and the counters at these times."""
     def __init__(self, engine):
         self.engine = engine
         self.text, self.info = b"", None  # info: SEQ LEN and Speed, if it was finished in time

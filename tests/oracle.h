@@ -310,8 +310,8 @@ static inline void oracle_free(OracleModel *m) {
     memset(m, 0, sizeof *m);
 }
 
-// 0, or -1 if the file is no such checkpoint. The header's numbers are believed as long as they are
-// of a possible kind and add up to the size of the file: the models of tests are made to be good.
+// 0, or -1 if the file is no such checkpoint. The header is only checked for
+// possible values that add up to the size of the file: the models of tests are correct.
 static inline int oracle_load(OracleModel *m, const char *path) {
     size_t size;
     memset(m, 0, sizeof *m);

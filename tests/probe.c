@@ -1,8 +1,8 @@
-// probe.c - an engine opened up for the tests: what they compare with the golden data, and the
-// checks of every fast path against the plain recipe of oracle.h.
+// probe.c - an engine for the tests: prints what they compare with the golden data, and checks
+// every fast path against the plain recipe of oracle.h.
 //
-// With -DENGINE='"../parallel.c"' it opens that engine. THREADS in the environment is its thread
-// count.
+// With -DENGINE='"../parallel.c"' it uses that engine, with the number of threads in the
+// environment variable THREADS.
 #define main engine_main
 #ifndef ENGINE
 #define ENGINE "../inference.c"
@@ -220,7 +220,7 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
         free(out), free(expected), free(xq), free(xs);
 }
 
-// `heads` heads that share keys and values of `times` time steps, which come in two pieces, as from
+// `heads` heads that share keys and values of `times` positions, which come in two pieces, as from
 // two chunks.
 static void check_attention(const Kernels *kernels, int heads, int head_size, int times) {
     const int piece = random_below(times / KEY_BLOCK + 1) * KEY_BLOCK;

@@ -1,4 +1,4 @@
-"""The engines opened up: builds tests/probe.c over one of them and runs its commands."""
+"""Builds tests/probe.c with one of the engines and runs its commands."""
 import functools
 import os
 import shlex

@@ -1,11 +1,11 @@
-"""How the scripts of this folder end: a reader that goes away, a full disk and Ctrl-C are no bugs."""
+"""How the scripts of this folder end: a closed pipe, a full disk and Ctrl-C cause no traceback."""
 import os
 import subprocess
 import sys
 
 
 def run(main):
-    """Run main() and exit with its status, without a traceback for what is not the script's fault."""
+    """Run main() and exit with its status, without a traceback for a system error or Ctrl-C."""
     try:
         status = main()
         sys.stdout.flush()

@@ -43,7 +43,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SET_CHILD_SUBREAPER = 36
 # What a program leaves behind becomes a child of the tests instead of vanishing into init.
 LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-signal.signal(signal.SIGUSR2, lambda *_: None)  # an orphan's bell must not kill the tests
+signal.signal(signal.SIGUSR2, lambda *_: None)  # an orphan's signal must not kill the tests
 
 
 def threads_of(pid):
@@ -131,7 +131,7 @@ class Session:
         for theirs in {stdin, stdout}:
             os.close(theirs)
 
-    # what it says
+    # its output
 
     @property
     def text(self):
@@ -175,10 +175,10 @@ class Session:
         count = self.errors.count("\n") + more
         wait_until(lambda: self.errors.count("\n") >= count, f"{more} more lines in the log")
 
-    # what it is told
+    # its input
 
     def send(self, text):
-        """Send text or bytes. A program that has ended takes nothing: finish() judges that."""
+        """Send text or bytes. A program that has ended reads nothing; finish() checks that."""
         data = text if isinstance(text, bytes) else text.encode()
         deadline = time.monotonic() + PATIENCE
         while data:
@@ -192,10 +192,10 @@ class Session:
                 return
 
     def ask(self, prompt):
-        """Send a prompt, and return the reply's text once the next prompt is asked for."""
+        """Send a prompt, and return the reply's text once the next prompt mark is printed."""
         self.send(prompt + "\n")
-        said = self.read_until("[INFO] SEQ LEN: ", "tok/s", ">>> ")
-        return said[:said.rindex("[INFO]")]
+        output = self.read_until("[INFO] SEQ LEN: ", "tok/s", ">>> ")
+        return output[:output.rindex("[INFO]")]
 
     def end_input(self):
         if self.terminal:
@@ -205,7 +205,7 @@ class Session:
             self.input = None
 
     def hang_up(self):
-        """Go away as a reader, or as a terminal."""
+        """Close the reading end of its output, and the terminal if it has one."""
         os.close(self.reply)
         self.reply = None
         if self.terminal:
@@ -216,7 +216,7 @@ class Session:
         os.kill(self.pid, number)
 
     def untaken_input(self):
-        """How many bytes wait in the pipe to its stdin."""
+        """The number of bytes in the pipe to its stdin."""
         waiting = array.array("i", [0])
         fcntl.ioctl(self.input, termios.FIONREAD, waiting)
         return waiting[0]
@@ -282,7 +282,7 @@ class Session:
             self.fail("nothing more came in time")
         try:
             data = os.read(self.reply, 1 << 16)
-        except OSError as error:  # how a pseudo-terminal says that nobody is left
+        except OSError as error:  # the end of file of a pseudo-terminal
             if error.errno != errno.EIO:
                 raise
             data = b""
@@ -298,7 +298,7 @@ import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def say(text):
+def put(text):
     sys.stdout.write(text)
     sys.stdout.flush()
 
@@ -336,16 +336,16 @@ class SessionTestCase(unittest.TestCase):
         """main with the tiny model."""
         return self.start(MAIN, "-d", TINY, *options, **keywords)
 
-    def run_to_end(self, *command, said="", **options):
-        """The session, with its exit status, after it was told everything at once."""
+    def run_to_end(self, *command, typed="", **options):
+        """The session, with its exit status, after all of its input was sent at once."""
         session = self.start(*command, **options)
-        session.send(said)
+        session.send(typed)
         session.end_input()
         session.status = session.finish()
         return session
 
     def full_pipe(self):
-        """The end for writing of a pipe that nobody reads and that takes no more."""
+        """The write end of a full pipe that nothing reads."""
         reader, writer = os.pipe()
         self.addCleanup(os.close, reader)
         self.addCleanup(os.close, writer)
@@ -360,7 +360,7 @@ class SessionTestCase(unittest.TestCase):
         return Path(folder.name)
 
     def noise_model(self):
-        """The directory of a model of the full size, which talks noise and takes its time."""
+        """The directory of a model of the full size, whose replies are random and slow."""
         folder = self.folder()
         (folder / "model.bin").symlink_to(model_file("--vocab 1024"))
         (folder / "tokenizer.bin").symlink_to(TINY / "tokenizer.bin")
@@ -390,11 +390,11 @@ class SessionTestCase(unittest.TestCase):
         for word in words:
             self.assertIn(word, session.errors)
 
-    def assert_ends(self, session, status, said):
-        """It ends with this exit status, its last line "Child exited with <said>"."""
+    def assert_ends(self, session, status, ending):
+        """It ends with this exit status, its last line "Child exited with <ending>"."""
         self.assertEqual(session.finish(), status, session.text + session.errors)
         last_line = session.text[session.text.rfind("\n", 0, -1) + 1:]
-        self.assertEqual(last_line, f"Child exited with {said}\n", session.text)
+        self.assertEqual(last_line, f"Child exited with {ending}\n", session.text)
         self.assertEqual(session.text.count("Child exited"), 1)
 
 

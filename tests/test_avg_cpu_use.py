@@ -62,7 +62,7 @@ class LogReaderTestCase(SessionTestCase):
 class AverageTest(LogReaderTestCase):
     def test_the_log_of_a_session_is_averaged(self):
         """What main wrote is what avg_cpu_use.py reads."""
-        session = self.run_to_end(MAIN, "-d", "tests/tiny", 42, said="Hello!\nHow are you?\n")
+        session = self.run_to_end(MAIN, "-d", "tests/tiny", 42, typed="Hello!\nHow are you?\n")
         uses = [float(line["cpu"]) for line in session.log_lines]
         self.assertGreaterEqual(len(uses), 2)
         self.assert_average(self.average_of(session.errors), f"{sum(uses) / len(uses):.2f}")
@@ -81,7 +81,7 @@ class AverageTest(LogReaderTestCase):
         self.assert_average(self.average_of(mixed), "50.00")
 
     def test_a_file_without_a_log_line_is_refused(self):
-        """One line on stderr names the file and says what a log is; exit status 1."""
+        """One line on stderr names the file and explains what a log is; exit status 1."""
         noise = bytes(random.Random(1).getrandbits(8) for _ in range(100_000))
         for name, content in (("empty", b""), ("foreign", b"Dear diary,\n50%\n"),
                               ("binary", noise)):
@@ -94,7 +94,7 @@ class AverageTest(LogReaderTestCase):
         self.assert_refused(self.average(folder / "none"), "none", "No such file")
         self.assert_refused(self.average(folder), str(folder), "directory")
 
-    def test_wrong_usage_is_told(self):
+    def test_wrong_usage_is_reported(self):
         """Usage on stderr, exit status 2."""
         for arguments in ((), ("--bad", "log"), ("--plot", "--csv", "log")):
             with self.subTest(arguments):
@@ -167,7 +167,7 @@ class PlotTest(LogReaderTestCase):
         self.assertEqual(self.heights(self.plot_of(steady([300, 150]))[1]), [64] * 47 + [32] * 47)
 
     def test_prompts_are_set_apart_and_migrations_counted(self):
-        """An empty column between two prompts, which CPU time outside of all samples gives away."""
+        """An empty column between two prompts: CPU time outside of all samples shows the border."""
         content = steady([100, 100]) + steady([100, 100], utime=70, task_cpu=12)
         _, bars, cpus, figures = self.plot_of(content)
         self.assertEqual(self.heights(bars), [64] * 36 + [0] * 18 + [64] * 36)

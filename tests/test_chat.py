@@ -18,7 +18,7 @@ LONGEST = 4095  # bytes of a prompt
 
 class ConversationTest(SessionTestCase):
     def test_the_chat_remembers_over_pipes(self):
-        """What was said two prompts ago is known."""
+        """A reply uses a fact from two prompts before."""
         session = self.chat(42)
         session.read_until(">>> ")
         for prompt, answer in MEMORY:
@@ -31,8 +31,8 @@ class ConversationTest(SessionTestCase):
         session = self.chat(42, terminal=True)
         session.read_until(">>> ")
         for prompt, answer in MEMORY:
-            said = session.ask(prompt)
-            self.assertTrue(said.startswith(prompt + "\n" + answer), session.text)
+            reply = session.ask(prompt)
+            self.assertTrue(reply.startswith(prompt + "\n" + answer), session.text)
         green_line = r"\n\x1b\[([0-9]+;)?32m\[INFO\] SEQ LEN: \d+, Speed: [0-9.]+ tok/s\x1b\[0?m\n"
         self.assertRegex(session.text, green_line)
         session.end_input()
@@ -40,7 +40,7 @@ class ConversationTest(SessionTestCase):
 
     def test_a_transcript_over_pipes_is_plain_text(self):
         """A mark, the reply, the information line and the next mark, and nothing else."""
-        session = self.run_to_end(MAIN, "-d", TINY, 42, said="My name is Zelda.\n")
+        session = self.run_to_end(MAIN, "-d", TINY, 42, typed="My name is Zelda.\n")
         self.assertRegex(session.text, r"\A>>> " + re.escape(GREETING) + "\n"
                          + INFO_LINE.pattern + r">>> \nChild exited with 0\n\Z")
 
@@ -49,24 +49,24 @@ class ConversationTest(SessionTestCase):
         session = self.start_fake("""
             wait_for("loaded")
             report()
-            say("You said " + next_prompt().decode())
+            put("Prompt: " + next_prompt().decode())
             report()
             next_prompt()
             """)
         session.read_until(">>> ")
         session.send("I am early.\n")
         session.release("loaded")
-        session.read_until("You said I am early.\n", ">>> ")
+        session.read_until("Prompt: I am early.\n", ">>> ")
 
-    def test_an_empty_line_asks_again(self):
+    def test_an_empty_line_gets_another_mark(self):
         """An empty line is no prompt: it gets the next mark and no reply."""
-        session = self.run_to_end(MAIN, "-d", TINY, 42, said="\n\nMy name is Zelda.\n\n")
+        session = self.run_to_end(MAIN, "-d", TINY, 42, typed="\n\nMy name is Zelda.\n\n")
         self.assertTrue(session.text.startswith(">>> >>> >>> " + GREETING), session.text)
         self.assertEqual(len(replies(session.text)), 1)
 
     def test_the_last_line_needs_no_newline(self):
         """A prompt that ends with the input is answered."""
-        session = self.run_to_end(MAIN, "-d", TINY, 42, said="My name is Zelda.")
+        session = self.run_to_end(MAIN, "-d", TINY, 42, typed="My name is Zelda.")
         self.assertTrue(session.text.startswith(">>> " + GREETING), session.text)
         self.assertEqual(session.status, 0)
 
@@ -75,11 +75,11 @@ class ConversationTest(SessionTestCase):
         for limit in (1, 7):
             with self.subTest(limit):
                 session = self.run_to_end(MAIN, "-d", TINY, "-m", limit, "-t", 0, 42,
-                                          said="Tell me a story.\n" * 2)
+                                          typed="Tell me a story.\n" * 2)
                 (first, length), (second, _) = replies(session.text)
                 self.assertTrue(first.strip() and second.strip(), session.text)
                 one_more = self.run_to_end(MAIN, "-d", TINY, "-m", limit + 1, "-t", 0, 42,
-                                           said="Tell me a story.\n")
+                                           typed="Tell me a story.\n")
                 self.assertEqual(replies(one_more.text)[0][1], length + 1)
 
 
@@ -107,7 +107,7 @@ class ReplyTest(SessionTestCase):
         return reply
 
     def test_control_characters_are_left_out(self):
-        """A terminal would obey them, U+0080 to U+009F as well. Newline and tab stay."""
+        """A terminal would execute them, also U+0080 to U+009F. Newline and tab stay."""
         controls = [chr(code).encode() for code in (0, 7, 13, 27, 127, *range(0x80, 0xA0))]
         parts_of_one = [b"\xc2", b"\x9b"]
         good = [text.encode() for text in ("a", "\t", "\n", "\u00a0", "\u00e9", "\U0001F600")]
@@ -177,14 +177,14 @@ class ReplyTest(SessionTestCase):
 
 class ReproducibilityTest(SessionTestCase):
     def said_by_main(self, *options, prompts=PROMPTS):
-        return replies(self.run_to_end(MAIN, "-d", TINY, *options, said=lines(prompts)).text)
+        return replies(self.run_to_end(MAIN, "-d", TINY, *options, typed=lines(prompts)).text)
 
-    def test_every_way_to_ask_gives_the_same_text(self):
+    def test_prompts_from_any_source_give_the_same_text(self):
         """Through main, as arguments, on stdin: same seed, same prompts, same text."""
         by_main = self.said_by_main(42)
         self.assertEqual(len(by_main), len(PROMPTS))
         arguments = self.run_to_end(INFERENCE, "-d", TINY, 42, *PROMPTS)
-        stdin = self.run_to_end(INFERENCE, "-d", TINY, 42, said=lines(PROMPTS))
+        stdin = self.run_to_end(INFERENCE, "-d", TINY, 42, typed=lines(PROMPTS))
         for session in (arguments, stdin):
             self.assertEqual(replies(session.text), by_main)
             self.assertEqual((session.status, session.errors), (0, ""))
@@ -203,13 +203,13 @@ class ReproducibilityTest(SessionTestCase):
                          self.said_by_main("-t", 0, 2, prompts=story))
 
     def test_the_clock_gives_a_seed_that_can_be_used_again(self):
-        """Seed 0 tells the seed that it took, and that seed gives the same text."""
+        """With seed 0 the seed from the clock is printed, and it gives the same text again."""
         for program in (MAIN, INFERENCE):
             with self.subTest(program.name):
                 command = (program, "-d", TINY, "-t", 1.5)
-                first = self.run_to_end(*command, 0, said="Tell me a story.\n")
+                first = self.run_to_end(*command, 0, typed="Tell me a story.\n")
                 seed = re.search(r".*seed\D*(\d+).*\n", first.text)
-                again = self.run_to_end(*command, seed[1], said="Tell me a story.\n")
+                again = self.run_to_end(*command, seed[1], typed="Tell me a story.\n")
                 self.assertEqual(replies(first.text.replace(seed[0], "")), replies(again.text))
 
 
@@ -218,10 +218,10 @@ class InputTest(SessionTestCase):
         """A line typed during a reply stays in the pipe, and is answered after the reply."""
         session = self.start_fake("""
             report()
-            say("One: " + next_prompt().decode())
+            put("One: " + next_prompt().decode())
             wait_for("done")
             report()
-            say("Two: " + next_prompt().decode())
+            put("Two: " + next_prompt().decode())
             report()
             next_prompt()
             """)
@@ -243,7 +243,7 @@ class InputTest(SessionTestCase):
     def test_prompts_sent_at_once_are_answered_one_by_one(self):
         """All lines of a pipe are answered, each after its own mark."""
         count = 30
-        session = self.run_to_end(MAIN, "-d", TINY, "-m", 4, 42, said="Hello!\n" * count)
+        session = self.run_to_end(MAIN, "-d", TINY, "-m", 4, 42, typed="Hello!\n" * count)
         self.assertEqual(len(replies(session.text)), count)
         self.assertEqual(session.text.count(">>> "), count + 1)
 
@@ -253,7 +253,7 @@ class InputTest(SessionTestCase):
             report()
             while True:
                 prompt = next_prompt()
-                say(f"{len(prompt)} bytes, {prompt[:1]}\\n")
+                put(f"{len(prompt)} bytes, {prompt[:1]}\\n")
                 report()
             """)
         session.send("a" * LONGEST + "\n")
@@ -269,7 +269,7 @@ class InputTest(SessionTestCase):
         self.assertNotIn("b'b'", session.text)
 
     def test_a_prompt_longer_than_the_window_is_refused(self):
-        """The message says so, and the next prompt is answered as if it had never been."""
+        """A message reports it, and the next reply is as if that prompt had not been typed."""
         session = self.chat(42)
         session.read_until(">>> ")
         session.send("7" * LONGEST + "\n")  # a token per digit, in a window of 1024
@@ -305,7 +305,7 @@ class InputTest(SessionTestCase):
 
 
 class WindowTest(SessionTestCase):
-    def test_a_full_window_drops_the_oldest_turns_and_says_so(self):
+    def test_a_full_window_drops_the_oldest_turns_and_reports_it(self):
         """The chat goes on within the window of 1024, and recent facts are still known."""
         prompts = cycle(("My name is Zelda.", "What is a thread?", "What is my name?"))
         session = self.chat("-t", 0, 42)
@@ -332,7 +332,7 @@ class WindowTest(SessionTestCase):
 
 
 class ByHandTest(SessionTestCase):
-    def test_an_engine_started_by_hand_signals_nobody(self):
+    def test_an_engine_started_by_hand_sends_no_signal(self):
         """A shell that starts the engine survives: a stray SIGUSR2 would kill it."""
         script = '"$0" "$@" 3>/dev/null; echo "engine: $?"'
         for environment in ({}, {"CHAT_FRONT_END": "1"}, {"CHAT_FRONT_END": str(os.getpid())}):
@@ -356,7 +356,7 @@ class ByHandTest(SessionTestCase):
         self.assertIn(str(LONGEST), session.text)
         self.assertEqual((session.status, session.errors), (0, ""))
 
-    def test_an_engine_in_a_terminal_asks_for_prompts(self):
+    def test_an_engine_in_a_terminal_prints_prompt_marks(self):
         """Started by hand in a terminal it shows a mark, answers, and ends at Ctrl-D."""
         session = self.start(INFERENCE, "-d", TINY, 42, terminal=True)
         session.read_until(">>> ")

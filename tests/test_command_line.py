@@ -66,7 +66,7 @@ class UsageTest(SessionTestCase):
                 texts = set()
                 for i in range(len(operands) + 1):
                     arguments = (*operands[:i], "-d", TINY, "-t", 0, *operands[i:])
-                    session = self.run_to_end(program, *arguments, said="My name is Zelda.\n",
+                    session = self.run_to_end(program, *arguments, typed="My name is Zelda.\n",
                                               env=environment)
                     self.assertEqual((session.status, len(replies(session.text))), (0, 1),
                                      (program.name, arguments))
@@ -98,8 +98,8 @@ class UsageTest(SessionTestCase):
     def test_the_last_of_equal_options_counts(self):
         """For the engine as for main."""
         session = self.run_to_end(MAIN, "-d", "/none", "-m", 1, "-d", TINY, "-m", 2, 42,
-                                  said="Tell me a story.\n")
-        alone = self.run_to_end(MAIN, "-d", TINY, "-m", 2, 42, said="Tell me a story.\n")
+                                  typed="Tell me a story.\n")
+        alone = self.run_to_end(MAIN, "-d", TINY, "-m", 2, 42, typed="Tell me a story.\n")
         self.assertEqual(replies(session.text), replies(alone.text))
 
     def test_the_largest_values_are_taken(self):
@@ -111,7 +111,7 @@ class UsageTest(SessionTestCase):
 
 
 class ErrorChannelTest(SessionTestCase):
-    def said(self, *arguments, **options):
+    def in_terminal(self, *arguments, **options):
         session = self.start(*arguments, terminal=True, **options)
         session.finish()
         return session
@@ -122,13 +122,13 @@ class ErrorChannelTest(SessionTestCase):
         for program in (MAIN, INFERENCE):
             for arguments in (("-d", folder, 42), ("abc",), ("-z",), ("-m", 0, 42)):
                 with self.subTest(program=program.name, arguments=arguments):
-                    session = self.said(program, *arguments)
+                    session = self.in_terminal(program, *arguments)
                     self.assertTrue(session.errors)
                     self.assertIn(session.errors, session.text)
 
     def test_errors_appear_once(self):
         """Without a log the terminal shows an error once."""
-        session = self.said(MAIN, "-d", self.folder(), 42, errors_to_terminal=True)
+        session = self.in_terminal(MAIN, "-d", self.folder(), 42, errors_to_terminal=True)
         self.assertEqual(session.text.count("make prepare"), 1, session.text)
 
 

@@ -46,7 +46,7 @@ class DraftsTest(SessionTestCase):
             for program in ((INFERENCE, "-k", k), (PARALLEL, "-k", k, 2)):
                 session = self.run_to_end(*program, "-d", TINY, 42, *PROMPTS)
                 self.assertEqual(replies(session.text), expected)
-            session = self.run_to_end(MAIN, "-k", k, "-d", TINY, 42, said="\n".join(PROMPTS) + "\n")
+            session = self.run_to_end(MAIN, "-k", k, "-d", TINY, 42, typed="\n".join(PROMPTS) + "\n")
             self.assertEqual(replies(session.text)[:4], expected)
 
     def test_bad_draft_lengths(self):

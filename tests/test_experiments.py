@@ -45,7 +45,7 @@ class ExperimentTestCase(SessionTestCase):
 class PolicyExperimentTest(ExperimentTestCase):
     def test_the_figures_are_those_of_the_logs(self):
         """Each run's log shows the policy and the CPU use; the report has medians of the runs."""
-        said, folder, rows, report = self.experiment("policies", "--runs", 2, "--tokens", 40,
+        output, folder, rows, report = self.experiment("policies", "--runs", 2, "--tokens", 40,
                                                      "--limit", 0.5)
         self.assertEqual(len(rows), 2 * 2 * len(experiments.POLICIES))
         tables = self.cells(report)
@@ -71,8 +71,8 @@ class PolicyExperimentTest(ExperimentTestCase):
             self.assert_cell(cells[4], [int(row["migrations"]) for row in mine], "{:.0f}")
         for fact in (platform.release(), "commit: ", "seed: 42", "model: " + str(TINY)):
             self.assertIn(fact, report)
-        self.assertIn(report[:report.index("![")].strip(), said)
-        self.assertRegex(said, r"\A.* It should take at most \d+ (seconds|minutes)\.\n"
+        self.assertIn(report[:report.index("![")].strip(), output)
+        self.assertRegex(output, r"\A.* It should take at most \d+ (seconds|minutes)\.\n"
                                 f"The model: {TINY}")
 
     def test_a_refused_policy_is_a_row_with_the_reason(self):
@@ -102,13 +102,13 @@ class PolicyExperimentTest(ExperimentTestCase):
         """Shares, highest and lowest medians, and overlapping ranges, of made-up figures."""
         def runs(*speeds):
             return [{"speed": speed} for speed in speeds]
-        said = experiments.policy_conclusions([
+        conclusions = experiments.policy_conclusions([
             ("SCHED_OTHER, nice 0", runs(100, 100, 90), runs(50, 52, 48), ""),
             ("SCHED_BATCH, nice 0", runs(98, 99, 97), runs(52, 56, 57), ""),
             ("SCHED_OTHER, nice 19", runs(80), runs(2), ""),
             ("SCHED_BATCH, nice 19", runs(80), runs(3), ""),
             ("SCHED_FIFO", [], [], "refused")])
-        self.assertEqual(said, (
+        self.assertEqual(conclusions, (
             "Alone, SCHED_OTHER, nice 0 has the highest median speed (100.00 tok/s) and "
             "SCHED_OTHER, nice 19 the lowest (80.00 tok/s). "
             "Beside the load, SCHED_BATCH, nice 0 has the highest median speed (56.00 tok/s) and "

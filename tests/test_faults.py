@@ -1,4 +1,4 @@
-"""Calls that fail or come late at a bad moment: nothing waits for good, and one line says why."""
+"""Calls that fail or come late at a bad moment: nothing hangs, and one line reports the cause."""
 import os
 import resource
 import shlex
@@ -18,7 +18,7 @@ time.sleep(600)
 
 
 def faults():
-    """The path of the library that makes calls fail, compiled anew if its source is younger."""
+    """The path of the library that makes calls fail, compiled again if its source is newer."""
     source, path = TESTS / "faults.c", Path(BUILD, "faults.so")
     if not path.exists() or path.stat().st_mtime < source.stat().st_mtime:
         path.parent.mkdir(exist_ok=True)
@@ -28,7 +28,7 @@ def faults():
 
 
 def with_fault(name):
-    """The environment in which a call fails. (AddressSanitizer wants to be the first library.)"""
+    """The environment in which a call fails. (AddressSanitizer demands to be the first library.)"""
     sanitizer = os.environ.get("ASAN_OPTIONS", "")
     return {"LD_PRELOAD": str(faults()), "FAULT": name,
             "ASAN_OPTIONS": f"{sanitizer}:verify_asan_link_order=0".strip(":")}
@@ -44,7 +44,7 @@ class FailureTest(SessionTestCase):
             self.assertIn(word, errors[0])
 
     def test_a_failure_between_fork_and_exec_is_reported(self):
-        """The child cannot become the engine: it says why and exits, and main does, too."""
+        """The child cannot become the engine: it reports the cause, exits, and main exits, too."""
         for name in ("setenv", "dup2"):
             with self.subTest(name):
                 session = self.run_to_end(MAIN, "-d", TINY, 42, env=with_fault(name))
@@ -52,12 +52,12 @@ class FailureTest(SessionTestCase):
                 self.assertIn("Child exited with 1\n", session.text)
 
     def test_a_wait_that_fails_is_reported(self):
-        """ppoll(2) fails: main can wait for nothing any more, so it kills the engine and ends."""
+        """ppoll(2) fails: main can wait for no event any more, so it kills the engine and exits."""
         session = self.start(MAIN, "-d", TINY, 42, env=with_fault("ppoll"))
         session.status = session.finish()
         self.assert_one_line(session, "Cannot wait for the engine")
 
-    def test_a_status_that_cannot_be_had_is_reported(self):
+    def test_a_failing_waitpid_is_reported(self):
         """waitpid(2) fails: no other event would end the chat."""
         session = self.chat(42, env=with_fault("waitpid"))
         session.end_input()
@@ -113,7 +113,7 @@ class FailureTest(SessionTestCase):
     def test_a_log_at_its_size_limit_costs_only_the_log(self):
         """SIGXFSZ does not kill main."""
         session = self.run_to_end(
-            MAIN, "-d", TINY, 42, said="Hello!\nHello!\nMy name is Zelda.\n",
+            MAIN, "-d", TINY, 42, typed="Hello!\nHello!\nMy name is Zelda.\n",
             prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)))
         self.assertEqual(len(replies(session.text)), 3)
         self.assertEqual(session.status, 0)
@@ -134,10 +134,10 @@ class FailureTest(SessionTestCase):
         self.assertFalse(ignored & 1 << (signal.SIGXFSZ - 1))
 
     def test_without_proc(self):
-        """The engine is found beside main all the same; the log alone is missing, with a reason."""
+        """The engine is found beside main; only the log is missing, and a line reports why."""
         script = 'mount -t tmpfs none /proc && echo ready && exec "$0" -d "$1" 42'
         session = self.run_to_end("unshare", "-rm", "sh", "-c", script, MAIN, TINY,
-                                  said="My name is Zelda.\n", cwd="/")
+                                  typed="My name is Zelda.\n", cwd="/")
         if "ready" not in session.text:
             self.skipTest("/proc cannot be hidden here: " + session.errors.strip())
         if "Sanitizer" in session.errors:
@@ -148,7 +148,7 @@ class FailureTest(SessionTestCase):
 
 
 class LateReadTest(SessionTestCase):
-    """What was announced by poll(2) may be gone when it is read: main must not wait for it."""
+    """Input that poll(2) has reported may be gone when main reads it: main must not block."""
 
     def late(self, **options):
         session = self.chat(42, env=with_fault("late_read"), **options)
@@ -178,7 +178,7 @@ class LateReadTest(SessionTestCase):
 
 
 class BlockedOutputTest(SessionTestCase):
-    """Nobody reads what main prints: it stays awake for signals."""
+    """The output of main is not read: main still handles signals."""
 
     def test_a_terminal_stopped_by_ctrl_s(self):
         """main has a message about a prompt that is too long, and SIGTERM still ends it."""
@@ -220,8 +220,8 @@ class BlockedOutputTest(SessionTestCase):
         flags = Path(f"/proc/{pid}/fdinfo/{fd}").read_text().split("flags:")[1].split()[0]
         return int(flags, 8) & os.O_NONBLOCK
 
-    def test_an_error_that_nobody_reads(self):
-        """An engine started by hand loses the line rather than wait with it."""
+    def test_an_error_line_that_is_not_read(self):
+        """An engine started by hand drops the line instead of blocking."""
         full = self.full_pipe()
         session = self.start(INFERENCE, "-d", "/none", 42, prepare=lambda: os.dup2(full, 2))
         self.assertEqual(session.finish(), 1)

@@ -1,4 +1,4 @@
-"""The log that main writes on stderr."""
+"""The log that main writes to stderr."""
 import os
 import signal
 import subprocess
@@ -54,9 +54,9 @@ class LogTest(SessionTestCase):
         session = self.start_fake("""
             report()
             next_prompt()
-            say("begin")
+            put("begin")
             time.sleep(2.2)
-            say("end")
+            put("end")
             report()
             next_prompt()
             """)
@@ -68,7 +68,7 @@ class LogTest(SessionTestCase):
         self.assertGreaterEqual(len(session.log_lines), 6)
         self.assertLessEqual(len(session.log_lines), seconds / 0.3 + 1)
 
-    def test_no_lines_are_made_up_after_a_pause(self):
+    def test_missed_lines_are_left_out_after_a_pause(self):
         """A main that was stopped for two seconds goes on with a line per 300 ms."""
         session = self.start_fake("report()\nnext_prompt()\ntime.sleep(600)\n")
         session.send("Hello!\n")
@@ -83,11 +83,11 @@ class LogTest(SessionTestCase):
 
     def test_a_prompt_that_is_refused_writes_no_line(self):
         """Neither one that is too long for main nor one that is too long for the context window."""
-        session = self.run_to_end(MAIN, "-d", TINY, 42, said="x" * 5000 + "\n" + "x" * 4000 + "\n")
+        session = self.run_to_end(MAIN, "-d", TINY, 42, typed="x" * 5000 + "\n" + "x" * 4000 + "\n")
         self.assertEqual(session.text.count("not used"), 2)
         self.assertEqual(session.errors, "")
 
-    def test_the_log_stands_still_while_nothing_is_generated(self):
+    def test_no_log_lines_while_nothing_is_generated(self):
         """No line while the model loads or the user types."""
         session = self.start_fake("""
             wait_for("loaded")

@@ -1,4 +1,4 @@
-"""No model.bin, however damaged or hostile, does more harm than one line: no signal, no hang, no
+"""No model.bin, however damaged or hostile, causes more than one error line: no signal, no hang, no
 memory without bounds.
 """
 import itertools
@@ -247,7 +247,7 @@ class MemoryTest(BadFileTestCase):
                 self.assertEqual(session.text, "")
                 self.assert_error_line(session, 1, what, "ulimit", str(folder / "model.bin"))
 
-    def test_the_weights_are_not_there_twice(self):
+    def test_the_weights_are_in_memory_once(self):
         """The file is read a row at a time; with threads, too."""
         path = model_file("--seed 1")
         for engine, threads in (("inference", 1), ("parallel", 3)):

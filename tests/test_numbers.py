@@ -1,4 +1,4 @@
-"""Every kernel table, every way to cut a prompt into passes and any number of threads give the same
+"""Every kernel table, every division of a prompt into passes and any number of threads give the same
 bits: those of the golden data, which an independent engine computed.
 """
 import ctypes
@@ -242,7 +242,7 @@ class TablesTest(unittest.TestCase):
 
 class TextTest(SessionTestCase):
     def conversation(self, **options):
-        return self.run_to_end(INFERENCE, "-d", TINY, 42, said=PROMPTS, **options)
+        return self.run_to_end(INFERENCE, "-d", TINY, 42, typed=PROMPTS, **options)
 
     def test_every_table_gives_the_same_text(self):
         """The environment variable KERNELS changes no word of a conversation."""

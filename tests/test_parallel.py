@@ -16,7 +16,7 @@ USAGE = re.compile(r"(?:Thread (\d+) has completed|main thread|Whole process)"
 
 class TextTest(SessionTestCase):
     def test_every_number_of_threads_gives_the_text_of_one(self):
-        """parallel says what inference says, for 1 to 16 threads and the most there may be."""
+        """parallel prints the text of inference, for 1 to 16 threads and for the largest number."""
         expected = replies(self.run_to_end(INFERENCE, "-d", TINY, 42, *PROMPTS).text)
         self.assertEqual(len(expected), 3)
         for threads in (*range(1, 17), 64):
@@ -26,7 +26,7 @@ class TextTest(SessionTestCase):
                 self.assertEqual((session.status, session.errors), (0, ""))
 
     def test_a_long_prompt_gives_the_same_text(self):
-        """A prompt of several passes is shared out by tokens, not by rows."""
+        """So does a prompt of several passes, whose tokens the threads share."""
         prompt = "What is a pipe? " * 60
         expected = replies(self.run_to_end(INFERENCE, "-d", TINY, 7, prompt).text)
         for threads in (2, 3, 8):
@@ -36,7 +36,7 @@ class TextTest(SessionTestCase):
     def test_prompts_from_stdin(self):
         """Without prompts on the command line they are read, one per line."""
         expected = replies(self.run_to_end(INFERENCE, "-d", TINY, 42, *PROMPTS).text)
-        session = self.run_to_end(PARALLEL, "-d", TINY, 2, 42, said="\n".join(PROMPTS))
+        session = self.run_to_end(PARALLEL, "-d", TINY, 2, 42, typed="\n".join(PROMPTS))
         self.assertEqual(replies(session.text), expected)
 
 
@@ -47,7 +47,7 @@ class UsageTest(SessionTestCase):
         return [float(user) + float(system)
                 for user, system in re.findall("user: (.*) s, system: (.*) s", text)]
 
-    def test_the_time_of_each_thread_is_told(self):
+    def test_the_time_of_each_thread_is_printed(self):
         """A line per thread, then the main thread and the whole process."""
         for threads in (1, 2, 5):
             text = self.run_to_end(PARALLEL, "-d", TINY, threads, 42, "Hello!").text
@@ -77,7 +77,7 @@ class UsageTest(SessionTestCase):
         self.assertLess(max(self.times(text)[cpus:cpus + 3]), 0.005, text)
 
     def test_bad_thread_counts_are_refused(self):
-        """0, negative, no number, beyond the limit: told, with the usage, exit status 2."""
+        """0, negative, no number, beyond the limit: an error and the usage, exit status 2."""
         for count in ("0", "-1", "two", "2x", "", "65", "99999999999999999999"):
             with self.subTest(count):
                 session = self.run_to_end(PARALLEL, "-d", TINY, count, 42, "x")
@@ -88,8 +88,8 @@ class UsageTest(SessionTestCase):
         for arguments in ((), (2,), (2, "x")):
             self.assertEqual(self.run_to_end(PARALLEL, *arguments).status, 2)
 
-    def test_a_pool_that_cannot_be_created_says_so(self):
-        """With no memory left for the threads' stacks it tells which one failed; exit status 1."""
+    def test_a_pool_that_cannot_be_created_is_reported(self):
+        """With no memory left for the threads' stacks it reports which one failed; exit status 1."""
         if "sanitize" in os.environ.get("PROBE_CFLAGS", ""):
             self.skipTest("a sanitizer needs more addresses than the limit that makes it fail")
 
@@ -107,7 +107,7 @@ class FrontEndTest(SessionTestCase):
         return session
 
     def test_the_chat_remembers(self):
-        """main -j holds a conversation, and passes on what the engine tells at its end."""
+        """main -j holds a conversation, and the CPU times of the engine follow at its end."""
         session = self.start_pool(42)
         self.assertEqual(session.ask("My name is Zelda."), "Hello Zelda! How can I help you?\n")
         session.ask("What is a pipe?")
@@ -160,14 +160,14 @@ class FrontEndTest(SessionTestCase):
             return Process(stat.read()).state
 
     def test_interrupts_and_death_while_generating(self):
-        """As with one thread: passed on and told; a killed engine is noticed at once."""
-        for number, status, said in ((signal.SIGINT, 130, "130 (SIGINT)"),
+        """As with one thread: passed on and reported; a killed engine is noticed at once."""
+        for number, status, ending in ((signal.SIGINT, 130, "130 (SIGINT)"),
                                      (signal.SIGTERM, 143, "143 (SIGTERM)")):
             session = self.start_pool("-m", 900, 42, directory=self.noise_model())
             session.send("Go on.\n")
             session.wait_for_log_lines(1)
             session.signal(number)
-            self.assert_ends(session, status, said)
+            self.assert_ends(session, status, ending)
         session = self.start_pool("-m", 900, 42, directory=self.noise_model())
         session.send("Go on.\n")
         session.wait_for_log_lines(1)

@@ -1,4 +1,4 @@
-"""Every scheduling policy, set by main with the kernel's consent or refused with the cause."""
+"""Every scheduling policy, set by main, or refused by the kernel and reported with the cause."""
 import os
 import resource
 import subprocess
@@ -15,7 +15,7 @@ SHORT_TIMES = ("-D", "1ms:10ms:10ms")  # which three threads may have even of a 
 
 
 def drop_privilege():
-    """Between fork and exec: without CAP_SYS_NICE, whoever runs the tests."""
+    """Between fork and exec: drop CAP_SYS_NICE, also if root runs the tests."""
     LIBC.prctl(PR_CAPBSET_DROP, CAP_SYS_NICE, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_NICE, (0, 0))
     resource.setrlimit(resource.RLIMIT_RTPRIO, (0, 0))
@@ -155,7 +155,7 @@ class RefusalTest(PolicyTestCase):
                                 f"the nice value {lower}", prepare=drop_privilege)
 
     def test_an_affinity_too_narrow_for_deadline_is_reported(self):
-        """EPERM in spite of the privilege: the message speaks of the affinity."""
+        """EPERM in spite of the privilege: the message mentions the affinity."""
         self.need_all_cpus()
         if os.cpu_count() == 1:
             self.skipTest("one CPU is all there is")
@@ -170,7 +170,7 @@ class RefusalTest(PolicyTestCase):
                                 "runtime <= deadline <= period")
 
     def test_more_deadlines_than_cpus_are_reported(self):
-        """EBUSY: each thread asks for a whole CPU, the message speaks of all threads."""
+        """EBUSY: each thread needs a whole CPU; the message mentions all threads."""
         self.need_all_cpus()
         if Path("/proc/sys/kernel/sched_rt_runtime_us").read_text().strip() == "-1":
             self.skipTest("this kernel is set to grant any deadline")
@@ -179,7 +179,7 @@ class RefusalTest(PolicyTestCase):
         options = ("-j", min(os.cpu_count() + 1, 64), "-s", "DEADLINE", "-D", "20ms:20ms:20ms")
         self.assert_refused(options, "SCHED_DEADLINE", "deadlines of all threads")
 
-    def test_a_refusal_that_nobody_reads_ends_the_chat(self):
+    def test_a_refusal_ends_the_chat_also_if_it_cannot_be_printed(self):
         """A full pipe behind stderr or stdout: the line is lost, at any time."""
         full = self.full_pipe()
         for options in (("-s", "FIFO"), ("-s", "DEADLINE", "-D", "1ms:2ms:2ms")):
@@ -197,7 +197,7 @@ class RefusalTest(PolicyTestCase):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         for options in ((), ("-s", "IDLE")):
             with self.subTest(options):
-                session = self.run_to_end(MAIN, "-d", TINY, *options, 42, said="Hello!\n",
+                session = self.run_to_end(MAIN, "-d", TINY, *options, 42, typed="Hello!\n",
                                           prepare=be_idle)
                 self.assertEqual(session.status, 0, session.errors)
                 self.assertEqual({line["policy"] for line in session.log_lines}, {"SCHED_IDLE"})

@@ -51,7 +51,7 @@ class MakeTestCase(SessionTestCase):
             (self.bin / tool).symlink_to(shutil.which(tool))
 
     def make(self, *arguments):
-        """make's exit status and all that it says."""
+        """make's exit status and its output."""
         # An outer make hands its own options down in the environment.
         environment = {name: value for name, value in os.environ.items() if "MAKE" not in name
                        and name != "MFLAGS"}
@@ -69,7 +69,7 @@ class MakeTestCase(SessionTestCase):
             path.write_text("as it was\n")
 
     def copy_sources(self):
-        """What make wants to see; its compiler shall be true(1)."""
+        """The files that make needs; its compiler is true(1)."""
         for source in TOP.glob("*.[ch]"):
             shutil.copy(source, self.top)
 
@@ -107,8 +107,8 @@ class PrepareTest(MakeTestCase):
         self.serve_all()
         for name, option in installed:
             self.install(name, option)
-        status, said = self.make("prepare")
-        self.assertEqual(status, 0, said)
+        status, output = self.make("prepare")
+        self.assertEqual(status, 0, output)
         self.assertEqual(self.requests(), [URL + name for name in FILES])
         self.assertEqual(self.names(), set(FILES))
         for name, (start, size) in FILES.items():
@@ -125,9 +125,9 @@ class PrepareTest(MakeTestCase):
 
     def test_with_neither(self):
         """Without both it prints what is needed, and nothing is left."""
-        status, said = self.make("prepare")
+        status, output = self.make("prepare")
         self.assertNotEqual(status, 0)
-        self.assertRegex(said, "needs wget or curl")
+        self.assertRegex(output, "needs wget or curl")
         self.assertEqual(self.names(), set())
 
     def test_present_files_are_left_alone(self):
@@ -135,22 +135,22 @@ class PrepareTest(MakeTestCase):
         self.serve_all()
         self.install("wget", "-O")
         shutil.copy(self.top / "server/model.bin", self.top)
-        status, said = self.make("prepare")
-        self.assertEqual((status, self.requests()), (0, [URL + "tokenizer.bin"]), said)
-        status, said = self.make("prepare")
-        self.assertEqual((status, len(self.requests())), (0, 1), said)
+        status, output = self.make("prepare")
+        self.assertEqual((status, self.requests()), (0, [URL + "tokenizer.bin"]), output)
+        status, output = self.make("prepare")
+        self.assertEqual((status, len(self.requests())), (0, 1), output)
 
     def test_a_broken_file_is_replaced(self):
-        """The program advises make prepare for a broken file, so that mends it."""
+        """A broken file is replaced, as the program's error message promises."""
         self.serve_all()
         self.install("wget", "-O")
         self.write("model.bin")
         with open(self.top / "tokenizer.bin", "wb") as file:
             file.truncate(FILES["tokenizer.bin"][1])  # the right size alone does not count
-        status, said = self.make("prepare")
-        self.assertEqual((status, self.names()), (0, set(FILES)), said)
+        status, output = self.make("prepare")
+        self.assertEqual((status, self.names()), (0, set(FILES)), output)
         self.assertEqual(self.requests(), [URL + name for name in FILES])
-        self.assertRegex(said, "model.bin is not the file expected and will be replaced")
+        self.assertRegex(output, "model.bin is not the file expected and will be replaced")
 
     def test_the_older_address_is_tried(self):
         """For a file that the first address does not have, and for one that is another there."""
@@ -158,8 +158,8 @@ class PrepareTest(MakeTestCase):
         self.serve("model.bin", b"<htm", 1000)
         for name, content in FILES.items():
             self.serve(name, *content, folder="older")
-        status, said = self.make("prepare")
-        self.assertEqual((status, self.names()), (0, set(FILES)), said)
+        status, output = self.make("prepare")
+        self.assertEqual((status, self.names()), (0, set(FILES)), output)
         self.assertEqual(self.requests(), [address + name for name in FILES
                                            for address in (URL, OLDER_URL)])
 
@@ -172,8 +172,8 @@ class PrepareTest(MakeTestCase):
                 self.install(name, option)
                 content = b"Q\0\0\0" + bytes(1000)
                 (self.top / "tokenizer.bin.part").write_bytes(content)
-                status, said = self.make("prepare")
-                self.assertEqual((status, self.names()), (0, set(FILES)), said)
+                status, output = self.make("prepare")
+                self.assertEqual((status, self.names()), (0, set(FILES)), output)
                 commands = (self.top / "commands").read_text()
                 self.assertEqual(commands.count(resume), 2)
                 self.assertRegex(commands, limits)
@@ -187,13 +187,13 @@ class PrepareTest(MakeTestCase):
         self.install("curl", "-o")
         with open(self.top / "tokenizer.bin.part", "wb") as file:
             file.truncate(FILES["tokenizer.bin"][1])
-        status, said = self.make("prepare")
-        self.assertEqual((status, self.names()), (0, set(FILES)), said)
+        status, output = self.make("prepare")
+        self.assertEqual((status, self.names()), (0, set(FILES)), output)
 
-    def assert_failure_leaves(self, names, said_pattern):
-        status, said = self.make("prepare")
-        self.assertNotEqual(status, 0, said)
-        self.assertRegex(said, said_pattern)
+    def assert_failure_leaves(self, names, pattern):
+        status, output = self.make("prepare")
+        self.assertNotEqual(status, 0, output)
+        self.assertRegex(output, pattern)
         self.assertEqual(self.names(), names)
 
     def test_a_failed_download(self):
@@ -227,28 +227,28 @@ class PrepareTest(MakeTestCase):
         self.assert_failure_leaves({"model.bin"}, "tokenizer.bin .*not the file expected")
 
     def test_only_prepare_downloads(self):
-        """Not even make -B, which builds everything anew, touches the network."""
+        """Not even make -B, which builds everything again, touches the network."""
         self.copy_sources()
         self.serve_all()
         self.install("wget", "-O")
         self.install("curl", "-o")
         for target in ((), ("chat",), ("test",), ("clean",), ("clean_bin",)):
-            status, said = self.make("-B", "-n", *target)
-            self.assertEqual(status, 0, said)
-            self.assertNotRegex(said, "wget -|curl -|huggingface")
-        status, said = self.make("-B", "CC=true")
-        self.assertEqual((status, self.requests()), (0, []), said)
+            status, output = self.make("-B", "-n", *target)
+            self.assertEqual(status, 0, output)
+            self.assertNotRegex(output, "wget -|curl -|huggingface")
+        status, output = self.make("-B", "CC=true")
+        self.assertEqual((status, self.requests()), (0, []), output)
 
 
 class OtherTargetsTest(MakeTestCase):
     def chat(self):
-        """What make chat prints, with a main that prints its arguments."""
+        """The output of make chat, with a main that prints its arguments."""
         program = self.top / "main"
         program.write_text("#!/bin/sh\necho called with $*\necho a line of the log >&2\n")
         program.chmod(0o755)
-        status, said = self.make("chat", "CC=true")
-        self.assertEqual(status, 0, said)
-        return said
+        status, output = self.make("chat", "CC=true")
+        self.assertEqual(status, 0, output)
+        return output
 
     def test_chat(self):
         """Both files of this folder are used if they are whole, else the small model."""
@@ -262,38 +262,38 @@ class OtherTargetsTest(MakeTestCase):
                     with open(self.top / name, "wb") as file:
                         file.write(FILES[name][0])
                         file.truncate(FILES[name][1])
-                said = self.chat()
-                self.assertIn(f"called with -d {folder} 42\n", said)
-                self.assertIn(message, said[:said.index("called with")])
+                output = self.chat()
+                self.assertIn(f"called with -d {folder} 42\n", output)
+                self.assertIn(message, output[:output.index("called with")])
                 self.assertEqual((self.top / "log").read_text(), "a line of the log\n")
         self.write("model.bin")
-        said = self.chat()
-        self.assertIn("not complete", said)
-        self.assertIn("called with -d tests/tiny 42\n", said)
+        output = self.chat()
+        self.assertIn("not complete", output)
+        self.assertIn("called with -d tests/tiny 42\n", output)
 
     def test_chat_where_the_log_cannot_be_written(self):
         """The chat goes on, with its log elsewhere. (A folder of that name stops root, too.)"""
         self.copy_sources()
         (self.top / "log").mkdir()
-        said = self.chat()
-        self.assertIn("called with -d tests/tiny 42\n", said)
-        log = re.search(r"the log is (\S+)\.\n", said).group(1)
+        output = self.chat()
+        self.assertIn("called with -d tests/tiny 42\n", output)
+        log = re.search(r"the log is (\S+)\.\n", output).group(1)
         self.addCleanup(os.remove, log)
         self.assertEqual(Path(log).read_text(), "a line of the log\n")
 
     def test_flags_of_the_user_win(self):
         """make CFLAGS='-g -O0' builds for a debugger: -O0 comes behind the recipe's own -O."""
         self.copy_sources()
-        status, said = self.make("-B", "-n", "CFLAGS=-g -O0")
-        self.assertEqual(status, 0, said)
-        self.assertEqual(len(re.findall(r"-O\d -g -O0 -o", said)), 3, said)
+        status, output = self.make("-B", "-n", "CFLAGS=-g -O0")
+        self.assertEqual(status, 0, output)
+        self.assertEqual(len(re.findall(r"-O\d -g -O0 -o", output)), 3, output)
 
     def assert_removes(self, target, gone):
         everything = {*SOURCES, *MADE, *FILES}
         self.write(*everything)
         for _ in range(2):  # the second time there is nothing to remove, which is no error
-            status, said = self.make(target)
-            self.assertEqual((status, self.names()), (0, everything - gone), said)
+            status, output = self.make(target)
+            self.assertEqual((status, self.names()), (0, everything - gone), output)
 
     def test_clean(self):
         """It removes the programs, the log and what the tests made; the downloads it keeps."""

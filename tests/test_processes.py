@@ -13,29 +13,29 @@ from support import (AT_ONCE, F_SETPIPE_SZ, INFERENCE, MAIN, PATIENCE, TINY, Ses
 
 # Bodies of fake engines
 LOADING = """
-say("loading")
+put("loading")
 time.sleep(600)
 """
 GENERATING = """
 report()
 next_prompt()
-say("Well, ")
+put("Well, ")
 time.sleep(600)
 """
 TALKING = """
 report()
 next_prompt()
 while True:
-    say("and ")
+    put("and ")
     time.sleep(0.01)
 """
 SLOW_REPLIES = """
 report()
 while True:
     next_prompt()
-    say("Well, ")
+    put("Well, ")
     wait_for("done")
-    say("done.\\n")
+    put("done.\\n")
     report()
 """
 TYPING = """
@@ -80,15 +80,15 @@ class PhaseTestCase(SessionTestCase):
 class InterruptTest(PhaseTestCase):
     def test_an_interrupt_ends_the_chat_at_any_moment(self):
         """SIGINT and SIGTERM are passed on; the child is reaped and its end reported; 130 or 143."""
-        for number, status, said in INTERRUPTS:
+        for number, status, ending in INTERRUPTS:
             for phase in self.phases:
-                with self.subTest(said, phase=phase.__name__):
+                with self.subTest(ending, phase=phase.__name__):
                     session = phase()
                     session.signal(number)
-                    self.assert_ends(session, status, said)
+                    self.assert_ends(session, status, ending)
 
     def test_ctrl_c_ends_the_chat_at_any_moment(self):
-        """The terminal sends SIGINT to both processes; whoever dies first, it is an interrupt."""
+        """The terminal sends SIGINT to both processes; whichever dies first, it is an interrupt."""
         for phase in self.phases:
             with self.subTest(phase.__name__):
                 session = phase(terminal=True)
@@ -96,7 +96,7 @@ class InterruptTest(PhaseTestCase):
                 self.assert_ends(session, 130, "130 (SIGINT)")
 
     def test_ctrl_c_while_a_line_is_half_typed(self):
-        """What was typed does not matter."""
+        """Text typed before it has no effect."""
         session = self.typing(terminal=True)
         session.send("What is")
         session.read_until("What is")
@@ -114,7 +114,7 @@ class InterruptTest(PhaseTestCase):
         self.assert_ends(session, 130, "130 (SIGINT)")
 
     def test_a_death_beside_an_interrupt_is_an_interrupt(self):
-        """If the engine is dead and SIGINT is pending, the user wanted the end."""
+        """If the engine is dead and SIGINT is pending, it is an interrupt."""
         session = self.typing()
         session.signal(signal.SIGSTOP)
         os.kill(session.engine, signal.SIGKILL)
@@ -134,8 +134,8 @@ class InterruptTest(PhaseTestCase):
         start = time.monotonic()
         for session, (number, _, _) in sessions:
             session.signal(number)
-        for session, (_, status, said) in sessions:
-            self.assert_ends(session, status, said)
+        for session, (_, status, ending) in sessions:
+            self.assert_ends(session, status, ending)
         self.assertLess(time.monotonic() - start, 2 + AT_ONCE)
 
     def test_an_interrupted_engine_gets_time_to_end(self):
@@ -146,7 +146,7 @@ class InterruptTest(PhaseTestCase):
                 os.write(1, b"All is saved.\\n")
                 sys.exit(1)
             signal.signal(signal.SIGINT, end)
-            say("loading")
+            put("loading")
             time.sleep(600)
             """)
         session.read_until("loading")
@@ -167,7 +167,7 @@ class InterruptTest(PhaseTestCase):
         self.assertLess(time.monotonic() - start, AT_ONCE)
 
     def test_signals_that_the_parent_ignores_do_not_matter(self):
-        """A shell that ignores or blocks them starts a main that works and ends as ever."""
+        """A shell that ignores or blocks them starts a main that works and ends as usual."""
         def ignore():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_IGN)
@@ -177,18 +177,18 @@ class InterruptTest(PhaseTestCase):
 
         interrupted = []
         for prepare in (ignore, block):
-            for number, status, said in INTERRUPTS:
+            for number, status, ending in INTERRUPTS:
                 session = self.typing(prepare=prepare)
                 session.signal(number)
-                interrupted.append((session, status, said))
+                interrupted.append((session, status, ending))
             session = self.typing(prepare=prepare)
             session.end_input()
             self.assert_ends(session, 0, "0")
             session = self.typing(prepare=prepare)
             os.kill(session.engine, signal.SIGKILL)
             self.assert_ends(session, 1, "137 (SIGKILL)")
-        for session, status, said in interrupted:
-            self.assert_ends(session, status, said)
+        for session, status, ending in interrupted:
+            self.assert_ends(session, status, ending)
 
     def test_a_terminal_that_goes_away_leaves_nothing_behind(self):
         """Closing the window ends both processes."""
@@ -244,14 +244,14 @@ class EndOfInputTest(PhaseTestCase):
         session = self.chat(42)
         session.read_until(">>> ")
         reply = session.ask(prompt)
-        ended = self.run_to_end(MAIN, "-d", TINY, 42, said=prompt + "\n")
+        ended = self.run_to_end(MAIN, "-d", TINY, 42, typed=prompt + "\n")
         self.assertEqual(replies(ended.text)[0][0], reply)
         self.assertEqual(ended.status, 0)
 
 
 class DeathTest(PhaseTestCase):
     def test_a_killed_child_is_noticed_at_once(self):
-        """Also while the user types: no key has to be pressed to learn that nobody listens."""
+        """Also while the user types: before any key is pressed."""
         for terminal in (False, True):
             for phase in self.phases:
                 with self.subTest(phase.__name__, terminal=terminal):
@@ -264,15 +264,15 @@ class DeathTest(PhaseTestCase):
     def test_an_engine_that_ends_by_itself_is_an_error(self):
         """Its exit status or its signal is reported, whenever it dies; main's status is 1."""
         crash = "signal.raise_signal(signal.SIGSEGV)"
-        for death, said in (("sys.exit(3)", "3"), ("sys.exit(0)", "0"), (crash, "139 (SIGSEGV)"),
+        for death, ending in (("sys.exit(3)", "3"), ("sys.exit(0)", "0"), (crash, "139 (SIGSEGV)"),
                             ("os.abort()", "134 (SIGABRT)")):
-            for phase in ("", "report()\n", "report()\nnext_prompt()\nsay('Well, ')\n"):
+            for phase in ("", "report()\n", "report()\nnext_prompt()\nput('Well, ')\n"):
                 with self.subTest(death=death, phase=phase):
                     session = self.start_fake(phase + death)
                     session.read_until(">>> ")
                     if "next_prompt" in phase:
                         session.send("Hello!\n")
-                    self.assert_ends(session, 1, said)
+                    self.assert_ends(session, 1, ending)
 
     def test_a_stray_sigpipe_is_reported(self):
         """A child killed by SIGPIPE while its output is read died like any other."""
@@ -303,7 +303,7 @@ class DeathTest(PhaseTestCase):
 
 class NotificationTest(PhaseTestCase):
     def test_signals_without_data_are_ignored(self):
-        """SIGUSR2 from anybody does not make main believe that the reply is finished."""
+        """SIGUSR2 from another process does not count as the end of a reply."""
         session = self.start_fake(SLOW_REPLIES)
         session.send("Hello!\n")
         session.read_until("Well, ")
@@ -337,7 +337,7 @@ class NotificationTest(PhaseTestCase):
         session = self.start_fake("""
             os.write(3, b"x")
             next_prompt()
-            say("Well.\\n")
+            put("Well.\\n")
             os.write(3, b"x")
             next_prompt()
             """)
@@ -347,7 +347,7 @@ class NotificationTest(PhaseTestCase):
         self.assert_ends(session, 0, "0")
 
     def test_sigusr2_does_not_kill_the_engine(self):
-        """Whoever sends it, while the model loads and later."""
+        """From any process, while the model loads and later."""
         session = self.start_fake(LATE + SLOW_REPLIES)
         session.read_until(">>> ")
         os.kill(session.engine, signal.SIGUSR2)
@@ -360,7 +360,7 @@ class NotificationTest(PhaseTestCase):
 
     def test_an_engine_that_closes_the_return_pipe_costs_no_cpu(self):
         """Its end is an event that comes once."""
-        session = self.start_fake("os.close(3)\nsay('closed')\ntime.sleep(600)\n")
+        session = self.start_fake("os.close(3)\nput('closed')\ntime.sleep(600)\n")
         session.read_until("closed")
         time.sleep(1)
         main, = [process for process in session.family() if process.pid == session.pid]
@@ -369,7 +369,7 @@ class NotificationTest(PhaseTestCase):
     def test_stray_signals_do_not_change_the_text(self):
         """Hundreds of them to both processes during a real chat: the text is the same."""
         prompts = ("Hello!", "Tell me a story.", "What is a mutex?")
-        quiet = self.run_to_end(MAIN, "-d", TINY, 42, said="".join(p + "\n" for p in prompts))
+        quiet = self.run_to_end(MAIN, "-d", TINY, 42, typed="".join(p + "\n" for p in prompts))
         session = self.chat(42)
         session.read_until(">>> ")
         engine = session.engine
@@ -391,9 +391,9 @@ class NotificationTest(PhaseTestCase):
 
 
 class ClosedFileTest(PhaseTestCase):
-    def closed(self, redirections, said=""):
+    def closed(self, redirections, typed=""):
         return self.run_to_end("sh", "-c", f'exec "$0" -d "$1" 42 {redirections}', MAIN, TINY,
-                               said=said)
+                               typed=typed)
 
     def test_a_closed_stdin_is_an_end_of_input(self):
         """A quiet end, with the child reaped."""
@@ -405,14 +405,14 @@ class ClosedFileTest(PhaseTestCase):
         """Nothing but the log on stderr, and no hang."""
         for redirections in (">&-", ">&- <&-", ">&- 2>&-", "<&- >&- 2>&-"):
             with self.subTest(redirections):
-                session = self.closed(redirections, said="Hello!\nHello!\n")
+                session = self.closed(redirections, typed="Hello!\nHello!\n")
                 self.assertEqual(session.text, "")
                 self.assertEqual(len(session.log_lines), session.errors.count("\n"))
                 self.assertEqual(session.status, 1)
 
     def test_a_closed_stderr_costs_only_the_log(self):
         """The conversation is the same without it."""
-        session = self.closed("2>&-", said="My name is Zelda.\n")
+        session = self.closed("2>&-", typed="My name is Zelda.\n")
         self.assertIn("Zelda", session.text)
         self.assert_ends(session, 0, "0")
 
@@ -426,7 +426,7 @@ class ClosedFileTest(PhaseTestCase):
                 self.assertEqual(session.finish(), 1)
                 self.assertGreaterEqual(len(session.log_lines), 1)
 
-    def test_an_interrupt_ends_a_chat_that_nobody_reads(self):
+    def test_an_interrupt_ends_a_chat_whose_output_is_not_read(self):
         """A full pipe behind stdout does not keep main from its signals."""
         session = self.chat(42)
         fcntl.fcntl(session.reply, F_SETPIPE_SZ, 4096)
@@ -437,8 +437,8 @@ class ClosedFileTest(PhaseTestCase):
         self.assertEqual(session.process.wait(PATIENCE), 143)
         self.assertEqual(session.family(), [])
 
-    def test_an_interrupt_ends_a_chat_whose_log_nobody_reads(self):
-        """Likewise a full pipe behind stderr: rather a line of the log is lost."""
+    def test_an_interrupt_ends_a_chat_whose_log_is_not_read(self):
+        """Likewise a full pipe behind stderr: a line of the log is lost instead."""
         log = self.full_pipe()
         session = self.start_fake(SLOW_REPLIES, prepare=lambda: os.dup2(log, 2))
         session.send("Hello!\n")
@@ -448,15 +448,15 @@ class ClosedFileTest(PhaseTestCase):
         self.assert_ends(session, 130, "130 (SIGINT)")
 
     def test_a_full_disk_is_reported(self):
-        """Output that cannot be written although somebody wants it is an error, not a quiet end."""
+        """Output to a full disk is an error, unlike output to a closed pipe."""
         for program in (MAIN, INFERENCE):
             session = self.run_to_end("sh", "-c", 'exec "$0" -d "$1" 42 >/dev/full', program, TINY,
-                                      said="Hello!\n")
+                                      typed="Hello!\n")
             self.assertEqual(session.status, 1)
             self.assertIn("Cannot write the output", session.errors)
 
     def test_main_survives_a_reader_that_went_away(self):
-        """main's own words, the mark and the child's end, do not kill it by SIGPIPE either."""
+        """main's own output, the mark and the child's end, does not kill it by SIGPIPE either."""
         for act in (lambda session: session.send("\n"),
                     lambda session: os.kill(session.engine, signal.SIGKILL)):
             session = self.typing()
@@ -493,11 +493,11 @@ class StartTest(SessionTestCase):
     def test_a_missing_engine_is_reported(self):
         """Its path, and how to build it."""
         folder = self.folder()
-        session = self.run_to_end(shutil.copy(MAIN, folder), "-d", TINY, 42, said="Hello!\n")
+        session = self.run_to_end(shutil.copy(MAIN, folder), "-d", TINY, 42, typed="Hello!\n")
         self.assert_refused(session, str(folder / "inference"), "make")
 
     def test_an_engine_that_cannot_be_executed_is_reported(self):
-        """A file without the permission is as good as none."""
+        """A file without the permission is reported like a missing one."""
         main = self.main_with_engine("")
         (main.parent / "inference").chmod(0o644)
         self.assert_refused(self.run_to_end(main, 42), str(main.parent / "inference"), "make")
@@ -511,7 +511,7 @@ class StartTest(SessionTestCase):
         for command, environment in ((MAIN, {}), (link, {}), ("./chat", {}), ("main", path)):
             with self.subTest(command):
                 session = self.run_to_end("sh", "-c", 'exec "$@"', "sh", command, "-d", TINY, 42,
-                                          said="My name is Zelda.\n", cwd=folder, env=environment)
+                                          typed="My name is Zelda.\n", cwd=folder, env=environment)
                 self.assertIn("Hello Zelda!", session.text)
                 self.assertEqual(session.status, 0)
 
@@ -531,7 +531,7 @@ class StartTest(SessionTestCase):
                     (folder / name).write_bytes(content)
                 for program in (MAIN, INFERENCE):
                     with self.subTest(name=name, fault=fault, program=program.name):
-                        session = self.run_to_end(program, "-d", folder, 42, said="Hello!\n")
+                        session = self.run_to_end(program, "-d", folder, 42, typed="Hello!\n")
                         self.assert_refused(session, str(folder / name), "make prepare",
                                             "-d tests/tiny")
                         self.assertNotIn("[INFO]", session.text)

@@ -38,9 +38,9 @@ class InputTest(SessionTestCase):
         """A carriage return before the newline belongs to the line's end."""
         for program in (MAIN, INFERENCE):
             with self.subTest(program.name):
-                plain = self.run_to_end(program, "-d", TINY, 42, said="Hello!\nMy name is Zelda.\n")
+                plain = self.run_to_end(program, "-d", TINY, 42, typed="Hello!\nMy name is Zelda.\n")
                 windows = self.run_to_end(program, "-d", TINY, 42,
-                                          said="Hello!\r\n\r\nMy name is Zelda.\r\n")
+                                          typed="Hello!\r\n\r\nMy name is Zelda.\r\n")
                 self.assertEqual(replies(windows.text), replies(plain.text))
 
     def test_the_longest_prompt_may_have_a_windows_line_end(self):
@@ -48,10 +48,10 @@ class InputTest(SessionTestCase):
         for end in ("\n", "\r\n", ""):
             for length, refused in ((4095, 0), (4096, 1)):
                 session = self.run_to_end(INFERENCE, "-d", TINY, "-m", 1, 42,
-                                          said="x" * length + end)
+                                          typed="x" * length + end)
                 self.assertEqual(session.text.count("longer than 4095"), refused, (end, length))
 
-    def test_blank_lines_ask_again(self):
+    def test_blank_lines_get_another_mark(self):
         """White space alone is no prompt."""
         session = self.chat(42)
         session.read_until(">>> ")
@@ -61,7 +61,7 @@ class InputTest(SessionTestCase):
         session.end_input()
         self.assert_ends(session, 0, "0")
         self.assertEqual(session.errors, "")
-        by_hand = self.run_to_end(INFERENCE, "-d", TINY, 42, said=" \n\t\r\n\n")
+        by_hand = self.run_to_end(INFERENCE, "-d", TINY, 42, typed=" \n\t\r\n\n")
         self.assertEqual((by_hand.status, by_hand.text), (0, ""))
 
 
@@ -80,8 +80,8 @@ class ScreenTest(SessionTestCase):
 
     def test_no_mark_after_fg_in_a_reply(self):
         """There the reply goes on."""
-        session = self.start_fake("report()\nnext_prompt()\nsay('Well, ')\nwait_for('done')\n"
-                                  "say('done.\\n')\nreport()\nnext_prompt()\n")
+        session = self.start_fake("report()\nnext_prompt()\nput('Well, ')\nwait_for('done')\n"
+                                  "put('done.\\n')\nreport()\nnext_prompt()\n")
         session.send("Hello!\n")
         session.read_until("Well, ")
         session.signal(signal.SIGCONT)
@@ -91,8 +91,8 @@ class ScreenTest(SessionTestCase):
 
     def test_the_log_on_the_same_terminal_has_lines_of_its_own(self):
         """A hint at the start, and no log line behind half a line of the reply."""
-        session = self.start_fake("report()\nnext_prompt()\nsay('Well, ')\ntime.sleep(0.7)\n"
-                                  "say('done.\\n')\nreport()\nnext_prompt()\n",
+        session = self.start_fake("report()\nnext_prompt()\nput('Well, ')\ntime.sleep(0.7)\n"
+                                  "put('done.\\n')\nreport()\nnext_prompt()\n",
                                   terminal=True, errors_to_terminal=True)
         self.assertIn("2>log", session.read_until(">>> "))
         session.send("Hello!\n")

@@ -105,7 +105,7 @@ class EncodingTest(unittest.TestCase):
                 self.assertEqual(ids, reference.encode(text), text)
 
     def test_character_classes(self):
-        """Each code point is a letter, a number, a space or none of them, as Unicode says."""
+        """Each code point is a letter, a number, a space or none of them, as in Unicode."""
         classes, = probe_lines("classes", TINY_TOKENIZER, 1024)
         self.assertEqual(len(classes), 0x110000)
         self.assertEqual({code for code, each in enumerate(classes) if each == "S"}, WHITE_SPACE)
