@@ -189,11 +189,39 @@ static void fuzz_tokenizer(Input *in) {
 
 static Tokenizer tiny; // that of tests/tiny
 
-// A text with the small model's tokenizer
+// Writes a tokenizer.bin of the letters a to h and random words of them, many with equal scores.
+// Returns the number of tokens.
+static int write_words(uint64_t seed) {
+    uint64_t random = seed + 1;
+    enum { LETTERS = 8, WORDS = 40 };
+    char data[4 + (LETTERS + WORDS) * (8 + 8)], *end = data + 4;
+    for (int id = 0; id < LETTERS + WORDS; id++) {
+        int32_t length = id < LETTERS ? 1 : 2 + (int32_t)(random_u32(&random) % 4);
+        float score = (float)(random_u32(&random) % 4);
+        memcpy(end, &score, 4);
+        memcpy(end + 4, &length, 4);
+        end += 8;
+        for (int i = 0; i < length; i++)
+            *end++ = (char)('a' + (id < LETTERS ? (uint32_t)id : random_u32(&random) % LETTERS));
+    }
+    memset(data, 0, 4);
+    write_file(data, (size_t)(end - data));
+    return LETTERS + WORDS;
+}
+
+// A text with the small model's tokenizer, or one of the letters of a random tokenizer with that
 static void fuzz_encode(Input *in) {
+    Tokenizer words;
+    int seed = take(in);
     size_t length = min_size(in->size, 300);
     char *text = (char *)take_bytes(in, &length);
-    check_encode(&tiny, text, length);
+    if (seed % 2) {
+        require(build_tokenizer(&words, path, write_words((uint64_t)seed)) == 0,
+                "a good tokenizer is refused");
+        for (size_t i = 0; i < length; i++) text[i] = (char)('a' + (text[i] & 7));
+    }
+    check_encode(seed % 2 ? &words : &tiny, text, length);
+    if (seed % 2) free_tokenizer(&words);
     free(text);
 }
 
@@ -346,7 +374,7 @@ static void fuzz_chat(Input *in) {
     Config c = take_shape(in);
     int length, plain_length, draft_tokens = 1 + take(in) % 15;
     c.vocab_size = tiny.vocab_size;
-    write_model(&c, true, (uint64_t)take(in), 0.01f);
+    write_model(&c, true, (uint64_t)take(in), take(in) % 2 ? 1 : 0.01f);
     int *ids = chat(*in, &c, draft_tokens, &length), *plain = chat(*in, &c, 0, &plain_length);
     require(length == plain_length && memcmp(ids, plain, (size_t)length * sizeof(int)) == 0,
             "drafts have changed the text");
