@@ -1,0 +1,436 @@
+// fuzz.c - arbitrary bytes for all that reads files, lines and text, and random models and chats.
+// The environment variable TARGET names one of the targets at the end of this file.
+//
+// With -DLIBFUZZER, for clang's -fsanitize=fuzzer, new inputs are searched for. Without, the
+// program runs the inputs in the files that are its arguments. Whatever is wrong ends in abort(3).
+#define main engine_main
+#include "../inference.c"
+#undef main
+#include "oracle.h"
+
+#define TINY "tests/tiny" // a path from the top of the repository
+
+static void require(bool condition, const char *what) {
+    if (condition) return;
+    dprintf(STDOUT_FILENO, "fuzz: %s\n", what);
+    abort();
+}
+
+// ------------------------------------------------------------------------------------------------
+// The input, and files made of it
+
+typedef struct {
+    const uint8_t *bytes;
+    size_t size;
+} Input;
+
+// Takes the next byte; 0 at the end.
+static int take(Input *in) {
+    if (in->size == 0) return 0;
+    in->size--;
+    return *in->bytes++;
+}
+
+// Takes up to so many bytes as memory of its own, so that no byte too many can be read unseen.
+static uint8_t *take_bytes(Input *in, size_t *size) {
+    if (*size > in->size) *size = in->size;
+    uint8_t *copy = malloc(*size ? *size : 1);
+    memcpy(copy, in->bytes, *size);
+    in->bytes += *size, in->size -= *size;
+    return copy;
+}
+
+static int file; // a file in memory
+static char path[40];
+
+static void write_file(const void *data, size_t size) {
+    require(ftruncate(file, 0) == 0 && pwrite(file, data, size, 0) == (ssize_t)size, "no memory");
+}
+
+static float *random_floats(uint64_t *random, float *to, size_t count, float limit) {
+    for (; count > 0; count--) *to++ = (2 * random_f32(random) - 1) * limit;
+    return to;
+}
+
+// Writes a model with random weights; the header's shape is *c. Scales are up to `limit`; with a
+// limit up to 1 no number that is computed is infinite.
+static void write_model(const Config *c, bool shared_classifier, uint64_t seed, float limit) {
+    uint64_t random = seed + 1;
+    size_t size = expected_file_size(c, shared_classifier);
+    int32_t fields[] = {c->dim,        c->hidden_dim, c->n_layers, c->n_heads,
+                        c->n_kv_heads, c->vocab_size, c->seq_len};
+    char *model = calloc(1, size);
+    memcpy(model, &(uint32_t){MODEL_MAGIC}, 4);
+    memcpy(model + 4, &(int32_t){MODEL_VERSION}, 4);
+    memcpy(model + 8, fields, sizeof(fields));
+    model[36] = shared_classifier;
+    memcpy(model + 37, &(int32_t){GROUP}, 4);
+    float *end = random_floats(&random, (float *)(model + HEADER_SIZE), count_norms(c), 2);
+    size_t dim = c->dim, kv_dim = c->kv_dim, hidden_dim = c->hidden_dim, layers = c->n_layers;
+    size_t embedding = dim * c->vocab_size;
+    size_t tensors[] = {embedding,        dim * dim,        dim * kv_dim,
+                        dim * kv_dim,     dim * dim,        dim * hidden_dim,
+                        dim * hidden_dim, dim * hidden_dim, embedding};
+    for (int i = 0; i < 9 - shared_classifier; i++)
+        for (size_t layer = 0; layer < (i % 8 ? layers : 1); layer++) {
+            int8_t *q = (int8_t *)end;
+            for (size_t at = 0; at < tensors[i]; at++) q[at] = (int8_t)random_u32(&random);
+            end = random_floats(&random, (float *)(q + tensors[i]), tensors[i] / GROUP, limit);
+        }
+    require((char *)end == model + size, "the model's parts are not the size of its file");
+    write_file(model, size);
+    free(model);
+}
+
+// Takes the shape of a small model.
+static Config take_shape(Input *in) {
+    static const int widths[] = {64, 128, 192};
+    static const int heads[][2] = {{1, 1}, {2, 1}, {2, 2},  {4, 2},
+                                   {4, 1}, {8, 8}, {16, 4}, {32, 1}};
+    int h = take(in) % 8;
+    Config c = {.dim = widths[take(in) % 3],
+                .hidden_dim = widths[take(in) % 3],
+                .n_layers = 1 + take(in) % 2,
+                .n_heads = heads[h][0],
+                .n_kv_heads = heads[h][1],
+                .vocab_size = 1 + take(in),
+                .seq_len = 1 + take(in)};
+    c.head_size = c.dim / c.n_heads;
+    c.kv_dim = c.n_kv_heads * c.head_size;
+    return c;
+}
+
+// ------------------------------------------------------------------------------------------------
+// The targets
+
+// Builds the model of the file as it is. What is loaded must be able to compute.
+static void load_model(void) {
+    Transformer t;
+    if (build_transformer(&t, path) < 0) return;
+    int tokens[] = {t.config.vocab_size - 1, 0};
+    if (t.panels_size < 1 << 20) forward(&t, tokens, t.config.seq_len > 1 ? 2 : 1, 0);
+    free_transformer(&t);
+}
+
+// Any bytes as model.bin
+static void fuzz_model(Input *in) {
+    write_file(in->bytes, in->size);
+    load_model();
+}
+
+// A good model.bin, of which some bytes are changed and the length perhaps, too
+static void fuzz_damage(Input *in) {
+    Config c = take_shape(in);
+    write_model(&c, take(in) % 2, 0, 0.01f);
+    off_t size = lseek(file, 0, SEEK_END), longer = (int8_t)take(in);
+    if (longer != 0) require(ftruncate(file, size + longer) == 0, "no memory");
+    while (in->size > 0) {
+        off_t at = take(in);
+        if (at == 255) at = HEADER_SIZE + take(in) * 256 + take(in);
+        uint8_t byte = (uint8_t)take(in);
+        require(pwrite(file, &byte, 1, at) == 1, "no memory");
+    }
+    load_model();
+}
+
+// Merges one piece the plain way: the best pair of neighbours, the leftmost of equals, again and
+// again. Returns the number of ids.
+static int merge_plainly(const Tokenizer *t, const char *piece, int length, int *ids) {
+    int *ends = malloc(((size_t)length + 1) * sizeof(int)), n = length;
+    for (int i = 0; i < n; i++) ends[i] = i + 1;
+    for (;;) {
+        int best = -1;
+        for (int i = 0, start = 0; i + 1 < n; start = ends[i++]) {
+            int id = find_token(t, piece + start, (size_t)(ends[i + 1] - start));
+            if (id >= 0 && (best < 0 || t->tokens[id].score > t->tokens[ids[0]].score))
+                best = i, ids[0] = id;
+        }
+        if (best < 0) break;
+        memmove(ends + best, ends + best + 1, (size_t)(n-- - best - 1) * sizeof(int));
+    }
+    for (int i = 0, start = 0; i < n; start = ends[i++])
+        ids[i] = find_token(t, piece + start, (size_t)(ends[i] - start));
+    free(ends);
+    return n;
+}
+
+// Encodes a text, and compares the ids with those of merge_plainly().
+static void check_encode(Tokenizer *t, const char *text, size_t length) {
+    int *ids = malloc((length + 1) * sizeof(int)), *plain = malloc((length + 1) * sizeof(int));
+    char *kept = malloc(length + 1);
+    int n = encode(t, text, length, ids), plain_n = 0;
+    for (size_t at = 0, count; at < length; at += count) {
+        count = piece_length(t, text + at, length - at);
+        require(count > 0 && count <= length - at, "a piece is empty or too long");
+        int size = 0;
+        for (size_t i = at; i < at + count; i++)
+            if (find_token(t, text + i, 1) >= 0) kept[size++] = text[i];
+        plain_n += merge_plainly(t, kept, size, plain + plain_n);
+    }
+    require(n == plain_n && memcmp(ids, plain, (size_t)n * sizeof(int)) == 0,
+            "the ids are not those of the plain way");
+    free(ids), free(plain), free(kept);
+}
+
+// A hostile tokenizer.bin, and a text if it is loaded
+static void fuzz_tokenizer(Input *in) {
+    Tokenizer t;
+    int vocab_size = 1 + take(in);
+    size_t length = (size_t)take(in);
+    char *text = (char *)take_bytes(in, &length);
+    write_file(in->bytes, in->size);
+    if (build_tokenizer(&t, path, vocab_size) == 0) {
+        for (int id = 0; id < vocab_size; id++) is_control_token(&t, id);
+        check_encode(&t, text, length);
+        free_tokenizer(&t);
+    }
+    free(text);
+}
+
+static Tokenizer tiny; // that of tests/tiny
+
+// Writes a tokenizer.bin of the letters a to h and random words of them, many with equal scores.
+// Returns the number of tokens.
+static int write_words(uint64_t seed) {
+    uint64_t random = seed + 1;
+    enum { LETTERS = 8, WORDS = 40 };
+    char data[4 + (LETTERS + WORDS) * (8 + 8)], *end = data + 4;
+    for (int id = 0; id < LETTERS + WORDS; id++) {
+        int32_t length = id < LETTERS ? 1 : 2 + (int32_t)(random_u32(&random) % 4);
+        float score = (float)(random_u32(&random) % 4);
+        memcpy(end, &score, 4);
+        memcpy(end + 4, &length, 4);
+        end += 8;
+        for (int i = 0; i < length; i++)
+            *end++ = (char)('a' + (id < LETTERS ? (uint32_t)id : random_u32(&random) % LETTERS));
+    }
+    memset(data, 0, 4);
+    write_file(data, (size_t)(end - data));
+    return LETTERS + WORDS;
+}
+
+// A text with the small model's tokenizer, or one of the letters of a random tokenizer with that
+static void fuzz_encode(Input *in) {
+    Tokenizer words;
+    int seed = take(in);
+    size_t length = min_size(in->size, 300);
+    char *text = (char *)take_bytes(in, &length);
+    if (seed % 2) {
+        require(build_tokenizer(&words, path, write_words((uint64_t)seed)) == 0,
+                "a good tokenizer is refused");
+        for (size_t i = 0; i < length; i++) text[i] = (char)('a' + (text[i] & 7));
+    }
+    check_encode(seed % 2 ? &words : &tiny, text, length);
+    if (seed % 2) free_tokenizer(&words);
+    free(text);
+}
+
+// Writes the next piece of a text into a pipe, and closes the pipe behind the last.
+static void send_piece(int fd, const char *text, size_t length, size_t *sent, int pace) {
+    size_t piece = min_size(length - *sent, 1 + 16 * (size_t)pace + length / 256);
+    if (*sent > length) return; // closed before
+    if (piece == 0) close(fd);
+    else require(write(fd, text + *sent, piece) == (ssize_t)piece, "the pipe is full");
+    *sent += piece > 0 ? piece : 1;
+}
+
+// Lines that come in pieces. A byte from 0xE0 on repeats the byte before it: lines are long.
+static void fuzz_lines(Input *in) {
+    static char text[20000];
+    size_t length = 0, end;
+    int pace = take(in);
+    for (int byte, last = 'a'; in->size > 0; last = byte < 0xE0 ? byte : last) {
+        byte = take(in);
+        size_t count = byte < 0xE0 ? 1 : (size_t)(byte - 0xDF) * 137 - in->size % 5;
+        count = min_size(count, sizeof(text) - length);
+        memset(text + length, byte < 0xE0 ? byte : last, count);
+        length += count;
+    }
+    int fds[2];
+    require(pipe2(fds, O_NONBLOCK) == 0, "no pipe");
+    LineReader *reader = calloc(1, sizeof(LineReader));
+    reader->fd = fds[0];
+    char *line = malloc(MAX_PROMPT_LEN);
+    size_t sent = 0;
+    for (size_t start = 0; start < length; start = end + 1) {
+        for (end = start; end < length && text[end] != '\n';) end++;
+        size_t size = end - start - (end < length && end > start && text[end - 1] == '\r');
+        int expected = size > MAX_PROMPT_LEN ? LINE_TOO_LONG : (int)size, count;
+        if (expected >= 0 && is_blank(text + start, size)) expected = 0;
+        while ((count = next_line(reader, line)) == NO_LINE_YET) {
+            send_piece(fds[1], text, length, &sent, pace);
+            read_more(reader);
+        }
+        require(count == expected, "not the line's length");
+        require(count <= 0 || memcmp(line, text + start, size) == 0, "not the line's text");
+    }
+    while (next_line(reader, line) == NO_LINE_YET) {
+        send_piece(fds[1], text, length, &sent, pace);
+        read_more(reader);
+    }
+    require(next_line(reader, line) == END_OF_INPUT && reader->error == 0, "no end of the input");
+    close(fds[0]);
+    free(reader), free(line);
+}
+
+// Returns the length of the character at the start of the bytes; 0 if there is none. By way of the
+// code point, which is encoded again.
+static size_t character_length(const uint8_t *s, size_t size, uint32_t *code) {
+    for (size_t length = 1; length <= 4 && length <= size; length++) {
+        static const uint8_t lead[] = {0, 0xC0, 0xE0, 0xF0};
+        static const uint32_t least[] = {0, 0x80, 0x800, 0x10000, 0x110000};
+        uint32_t c = length == 1 ? s[0] : s[0] ^ lead[length - 1];
+        for (size_t i = 1; i < length; i++) c = c << 6 | (s[i] & 0x3F);
+        bool valid = c >= least[length - 1] && c < least[length] && (c < 0xD800 || c > 0xDFFF);
+        for (size_t i = 1; i < length; i++) valid = valid && (s[i] & 0xC0) == 0x80;
+        *code = c;
+        if (valid) return length;
+    }
+    return 0;
+}
+
+// Text that is printed in pieces: whole characters, and nothing that a terminal obeys.
+static void fuzz_print(Input *in) {
+    Printer printer = {.line_open = true};
+    char *expected = malloc(in->size + 1), *printed = NULL;
+    size_t length = 0, size, expected_length = 0;
+    const uint8_t *text = in->bytes;
+    for (size_t at = 0; at < in->size; at += length ? length : 1) {
+        uint32_t code;
+        length = character_length(text + at, in->size - at, &code);
+        if ((code < 0x20 && code != '\n' && code != '\t') || (code >= 0x7F && code < 0xA0))
+            continue;
+        memcpy(expected + expected_length, text + at, length);
+        expected_length += length;
+    }
+    FILE *real_stdout = stdout;
+    stdout = open_memstream(&printed, &size);
+    for (size_t piece; in->size > 0;) {
+        piece = 1 + in->bytes[0] % 7;
+        char *bytes = (char *)take_bytes(in, &piece);
+        print_text(&printer, bytes, piece);
+        free(bytes);
+    }
+    fclose(stdout);
+    stdout = real_stdout;
+    require(size == expected_length && memcmp(printed, expected, size) == 0, "not what is printed");
+    bool open = size == 0 || printed[size - 1] != '\n';
+    require(printer.line_open == open, "not whether a line is open");
+    free(printed), free(expected);
+}
+
+// A random small model against the oracle, in passes of several lengths, with each table of kernels
+static void fuzz_forward(Input *in) {
+    Config c = take_shape(in);
+    const Kernels *usable[MAX_TABLES];
+    int count = usable_kernels(usable), table = take(in) % count, kind = take(in);
+    write_model(&c, kind % 2, (uint64_t)take(in), kind % 4 < 2 ? 0.01f : kind < 128 ? 1 : 1e-30f);
+    Transformer t;
+    OracleModel oracle;
+    require(build_transformer(&t, path) == 0, "a good model is refused");
+    require(oracle_load(&oracle, path) == 0, "the oracle refuses the model");
+    t.kernels = usable[table];
+    for (int pos = 0, n; pos < c.seq_len && in->size > 0; pos += n) {
+        int tokens[64];
+        n = 1 + take(in) % 64;
+        if (n > c.seq_len - pos) n = c.seq_len - pos;
+        for (int i = 0; i < n; i++) tokens[i] = take(in) % c.vocab_size;
+        const float *logits = forward_logits(&t, tokens, n, pos, n);
+        for (int i = 0; i < n; i++, logits += c.vocab_size)
+            require(memcmp(logits, oracle_forward(&oracle, tokens[i], pos + i),
+                           (size_t)c.vocab_size * sizeof(float)) == 0,
+                    "the logits differ from the oracle's");
+    }
+    free_transformer(&t);
+    oracle_free(&oracle);
+}
+
+// Holds a chat with the model that was written last. Returns its ids; *length is their number.
+static int *chat(Input in, const Config *c, int draft_tokens, int *length) {
+    Session s = {.tokenizer = tiny, .max_new_tokens = 1 + take(&in) % 40};
+    s.drafts = (Drafts){.max_length = draft_tokens, .right = 0.5};
+    require(build_transformer(&s.transformer, path) == 0, "a good model is refused");
+    build_sampler(&s.sampler, c->vocab_size, 0.25f * (float)(take(&in) % 4), 0.9f, 42);
+    s.sampler.kernels = s.transformer.kernels;
+    s.ids = malloc((size_t)c->seq_len * sizeof(int));
+    s.turns = malloc((size_t)c->seq_len * sizeof(int));
+    while (in.size > 0) {
+        size_t size = 1 + (size_t)take(&in) % 64;
+        char *prompt = (char *)take_bytes(&in, &size);
+        int result = generate(&s, prompt, size);
+        require(result == 0 || result == REJECTED, "the session has ended");
+        require(s.length <= c->seq_len && s.cached <= s.length, "the window overflows");
+        free(prompt);
+    }
+    free_transformer(&s.transformer);
+    free_sampler(&s.sampler);
+    free(s.turns);
+    *length = s.length;
+    return s.ids;
+}
+
+// A chat with a random model, whose window may be too small for anything; drafts change no text.
+static void fuzz_chat(Input *in) {
+    Config c = take_shape(in);
+    int length, plain_length, draft_tokens = 1 + take(in) % 15;
+    c.vocab_size = tiny.vocab_size;
+    write_model(&c, true, (uint64_t)take(in), take(in) % 2 ? 1 : 0.01f);
+    int *ids = chat(*in, &c, draft_tokens, &length), *plain = chat(*in, &c, 0, &plain_length);
+    require(length == plain_length && memcmp(ids, plain, (size_t)length * sizeof(int)) == 0,
+            "drafts have changed the text");
+    free(ids), free(plain);
+}
+
+// ------------------------------------------------------------------------------------------------
+// The program
+
+static const struct {
+    const char *name;
+    void (*run)(Input *in);
+} targets[] = {
+    {"model", fuzz_model},     {"damage", fuzz_damage}, {"tokenizer", fuzz_tokenizer},
+    {"encode", fuzz_encode},   {"lines", fuzz_lines},   {"print", fuzz_print},
+    {"forward", fuzz_forward}, {"chat", fuzz_chat},
+};
+static void (*run_target)(Input *in);
+
+// Called by libFuzzer before all inputs
+int LLVMFuzzerInitialize(int *argc, char ***argv) {
+    (void)argc, (void)argv;
+    const char *name = getenv("TARGET");
+    for (size_t i = 0; i < sizeof(targets) / sizeof(targets[0]); i++)
+        if (name && strcmp(name, targets[i].name) == 0) run_target = targets[i].run;
+    require(run_target != NULL, "TARGET names no target");
+    file = memfd_create("fuzz", MFD_CLOEXEC);
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", file);
+    Transformer t;
+    require(file >= 0 && build_transformer(&t, TINY "/model.bin") == 0 &&
+                build_tokenizer(&tiny, TINY "/tokenizer.bin", t.config.vocab_size) == 0,
+            "the small model cannot be loaded");
+    free_transformer(&t);
+    // What the engine prints and reports, for each input anew
+    stdout = fopen("/dev/null", "w");
+    stderr = fopen("/dev/null", "w");
+    require(stdout && stderr, "/dev/null cannot be opened");
+    return 0;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    run_target(&(Input){data, size});
+    return 0;
+}
+
+#ifndef LIBFUZZER
+int main(int argc, char **argv) {
+    LLVMFuzzerInitialize(&argc, &argv);
+    for (int i = 1; i < argc; i++) {
+        size_t size;
+        char *data = oracle_read_file(argv[i], &size);
+        require(data != NULL, argv[i]);
+        LLVMFuzzerTestOneInput((const uint8_t *)data, size);
+        free(data);
+    }
+    dprintf(STDOUT_FILENO, "%d inputs\n", argc - 1);
+    return 0;
+}
+#endif
