@@ -13,11 +13,17 @@ QUICK = "test_help_is_printed"  # a test that does little
 class ScriptTest(SessionTestCase):
     def start_script(self, *command, **options):
         process = subprocess.Popen([sys.executable, *map(str, command)], stdin=subprocess.DEVNULL,
-                                   stderr=subprocess.PIPE, universal_newlines=True, **options)
+                                   stderr=subprocess.PIPE, universal_newlines=True,
+                                   preexec_fn=self.heed_ctrl_c, **options)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         self.addCleanup(process.stderr.close)
         return process
+
+    @staticmethod
+    def heed_ctrl_c():
+        """A shell has its background jobs ignore SIGINT, and the tests may be one."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def assert_ends(self, process, status, errors):
         self.assertEqual(process.wait(PATIENCE), status)
