@@ -120,7 +120,7 @@ typedef struct {
 
 #define DEFAULT_SETTINGS                                                                           \
     (Settings) {                                                                                   \
-        .dir = ".", .temperature = 0.6f, .top_p = 0.9f, .max_new_tokens = 256, .draft_tokens = 8,  \
+        .dir = ".", .temperature = 0.6f, .top_p = 0.9f, .max_new_tokens = 256, .draft_tokens = 16, \
         .seed = 42                                                                                 \
     }
 
@@ -132,7 +132,7 @@ typedef struct {
     "  -p top_p            sample from the likeliest tokens that together just exceed this\n"      \
     "                      probability, 0 to 1 (default: 0.9)\n"                                   \
     "  -m max_new_tokens   the longest reply, 1 to 1000000 tokens (default: 256)\n"                \
-    "  -k draft_tokens     the longest draft of speculative decoding, 0 to 16 (default: 8)\n"      \
+    "  -k draft_tokens     the longest draft of speculative decoding, 0 to 16 (default: 16)\n"     \
     "  -h, --help          print this text\n"                                                      \
     "  seed                of the sampler, 0 to 18446744073709551615; 0: one from the clock"
 

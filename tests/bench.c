@@ -228,7 +228,7 @@ static int bench_drafts(const char *dir, bool repeating, int runs) {
     if (freopen("/dev/null", "w", stdout) == NULL) return 1;
     for (int run = 0; run < runs; run++) {
         time_replies(dir, 0, repeating, output);
-        time_replies(dir, 8, repeating, output);
+        time_replies(dir, MAX_DRAFT, repeating, output);
         dprintf(output, "\n");
     }
     return 0;
