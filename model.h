@@ -1523,7 +1523,7 @@ static int encode_prompt(Tokenizer *t, const char *prompt, size_t length, int *i
 // none of it; dropping that many turns at once makes it rare.
 static void make_room(Session *s, int needed) {
     int rest = s->transformer.config.seq_len - needed, dropped = 0;
-    if (s->length <= rest) return;
+    if (s->turn_count == 0 || s->length <= rest) return;
     while (dropped < s->turn_count && s->length - s->turns[dropped] > rest / 2) dropped++;
     int gone = dropped < s->turn_count ? s->turns[dropped] : s->length;
     memmove(s->ids, s->ids + gone, (size_t)(s->length - gone) * sizeof(int));
@@ -1606,9 +1606,10 @@ static int decode(Session *s, Reply *reply) {
     Drafts *drafts = &s->drafts;
     int pending = s->length - s->cached, most = reply->limit - reply->generated - 1;
     if (most > drafts->max_length) most = drafts->max_length;
-    // The best length may be 0. The first token of such a draft is compared with the draw all the
-    // same, so that drafts.right does not stay low.
-    bool proposed = most > 0 && propose_draft(s, most);
+    // No draft follows a prompt: its tokens would come out of the prompt's pass, whose time Speed
+    // leaves out. The best length may be 0. The first token of such a draft is compared with the
+    // draw all the same, so that drafts.right does not stay low.
+    bool proposed = pending == 1 && most > 0 && propose_draft(s, most);
     int draft = proposed ? best_draft_length(drafts, most) : 0;
     double start = seconds(CLOCK_MONOTONIC);
     float *logits =

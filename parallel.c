@@ -179,13 +179,12 @@ static void close_thr_pool(void) {
     pthread_mutex_destroy(&pool.lock);
 }
 
-// Makes the caller and threads - 1 new ones a pool of 1..MAX_THREADS threads. Returns 0, or -1
-// after reporting which thread cannot be created, with none of them left.
-static int init_thr_pool(int threads) {
-    cpu_set_t cpus;
-    int usable = sched_getaffinity(0, sizeof(cpus), &cpus) == 0 ? CPU_COUNT(&cpus) : threads;
+// Makes the caller and threads - 1 new ones a pool of 1..MAX_THREADS threads, the first `workers`
+// of which take part in passes. Returns 0, or -1 after reporting which thread cannot be created,
+// with none of them left.
+static int start_threads(int threads, int workers) {
     memset(&pool, 0, sizeof(pool));
-    pool.workers = threads < usable ? threads : usable;
+    pool.workers = workers;
     pthread_mutex_init(&pool.lock, NULL);
     pthread_cond_init(&pool.step_done, NULL);
     pthread_cond_init(&pool.work_ready, NULL);
@@ -200,6 +199,13 @@ static int init_thr_pool(int threads) {
         return -1;
     }
     return 0;
+}
+
+// The same with as many workers as there are CPUs for.
+static int init_thr_pool(int threads) {
+    cpu_set_t cpus;
+    int usable = sched_getaffinity(0, sizeof(cpus), &cpus) == 0 ? CPU_COUNT(&cpus) : threads;
+    return start_threads(threads, threads < usable ? threads : usable);
 }
 
 // ------------------------------------------------------------------------------------------------

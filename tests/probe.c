@@ -15,9 +15,9 @@
 
 static void start_engine_threads(void) {
 #ifdef PARALLEL
-    const char *threads = getenv("THREADS");
-    if (init_thr_pool(threads ? atoi(threads) : 1) < 0) exit(1);
-    pool.workers = pool.size; // all take part, however many CPUs there are
+    const char *text = getenv("THREADS");
+    int threads = text ? atoi(text) : 1;
+    if (start_threads(threads, threads) < 0) exit(1); // all work, however many CPUs there are
 #endif
 }
 

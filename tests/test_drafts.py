@@ -61,6 +61,12 @@ class DraftsTest(SmallModelTestCase):
 
 
 class LongChatTest(SmallModelTestCase):
+    def test_a_first_prompt_drops_no_turn(self):
+        """One that leaves less room than a reply may take has no turns before it to drop."""
+        session = self.run_to_end(INFERENCE, "-d", TINY, "-m", 100, 42, "x " * 480)
+        self.assertNotIn("dropped", session.text)
+        self.assertEqual(session.status, 0)
+
     def test_a_thousand_turns(self):
         """At most three tokens are computed for each that is new, for short and long replies."""
         for folder, window, longest in ((self.random_model(200), 200, 8), (TINY, 1024, 1000)):
