@@ -4,7 +4,7 @@
 // Kernels that count. An engine of one worker multiplies each matrix once in a pass, and takes
 // SwiGLU of each panel once for a token.
 static const Kernels *counted;
-static long multiplications, swiglus;
+static _Atomic long multiplications, swiglus; // the workers count side by side
 
 static void counting_mat_vec_mul(float *out, const QuantizedTensor *w, Range rows,
                                  const QuantizedActivations *x) {
