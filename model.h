@@ -309,8 +309,7 @@ static const Kernels *choose_kernels(void) {
 // 3  Transformer: loading and memory
 
 #define MAX_BATCH 128 // tokens of one pass: their activations stay in the L2 cache
-#define MAX_WORKERS MAX_THREADS
-#define NORM_ROWS 4                           // rows that rmsnorm() sums side by side
+#define NORM_ROWS 4   // rows that rmsnorm() sums side by side
 #define ROWS_PER_PIECE (STREAMS * PANEL_ROWS) // of a matrix, what a worker claims at a time
 
 // What a pass works on. "Own" is memory of one worker that no other touches.
@@ -324,9 +323,9 @@ typedef struct {
     float *rope;                 // [MAX_BATCH][head_size / 2][cos, sin]
     float *logits;               // [MAX_BATCH][vocab_size]
     QuantizedActivations shared; // of all tokens of a pass
-    QuantizedActivations own[MAX_WORKERS]; // of the only token of a pass
-    float *normed[MAX_WORKERS];            // [NORM_ROWS][dim], between rmsnorm() and quantize()
-    float *att[MAX_WORKERS];               // [n_heads][max_kv_len]
+    QuantizedActivations own[MAX_THREADS]; // of the only token of a pass
+    float *normed[MAX_THREADS];            // [NORM_ROWS][dim], between rmsnorm() and quantize()
+    float *att[MAX_THREADS];               // [n_heads][max_kv_len]
     float *frequency;                      // [head_size / 2], radians per position
     float *kv_cache;                       // see kv_chunk()
     size_t kv_cache_size;                  // bytes
@@ -604,7 +603,7 @@ static void lay_out_state(State *s, const Config *c) {
     s->rope = take_floats(s, MAX_BATCH * (size_t)c->head_size);
     s->frequency = take_floats(s, (size_t)c->head_size / 2);
     s->shared = take_activations(s, MAX_BATCH, widest);
-    for (int worker = 0; worker < MAX_WORKERS; worker++) {
+    for (int worker = 0; worker < MAX_THREADS; worker++) {
         s->own[worker] = take_activations(s, 1, widest);
         s->normed[worker] = take_floats(s, NORM_ROWS * dim);
         s->att[worker] = take_floats(s, c->n_heads * s->max_kv_len);
@@ -1543,6 +1542,7 @@ static void make_room(Session *s, int needed) {
 // ends the pass. So drafts change no text.
 
 #define MAX_NGRAM 8
+#define USUAL_EXTRA 0.3 // extra_time in passes over one token, AVX2
 
 // Writes a draft of `length` tokens behind the conversation: what followed the latest of the
 // longest earlier occurrences of its last 2..MAX_NGRAM tokens. Returns false if there is none.
@@ -1574,9 +1574,15 @@ static void move_average(double *average, double value, double share) {
 // Learns from a pass over one token and a draft, which took so many seconds. While no draft is
 // verified, extra_time moves to what is usual, so that a single slow pass does not end all drafts.
 static void measure_pass(Drafts *drafts, int draft, double time) {
-    if (draft == 0) move_average(&drafts->token_time, time, drafts->token_time > 0 ? 0.125 : 1);
-    double extra = draft > 0 ? (time - drafts->token_time) / draft : 0.3 * drafts->token_time;
-    move_average(&drafts->extra_time, extra, draft > 0 ? 0.25 : 0.01);
+    if (drafts->token_time == 0) { // the first pass: best_draft_length() was 0
+        drafts->token_time = time;
+        drafts->extra_time = USUAL_EXTRA * time;
+    } else if (draft == 0) {
+        move_average(&drafts->token_time, time, 0.125);
+        move_average(&drafts->extra_time, USUAL_EXTRA * drafts->token_time, 0.01);
+    } else {
+        move_average(&drafts->extra_time, (time - drafts->token_time) / draft, 0.25);
+    }
 }
 
 // A reply while it is generated.

@@ -13,8 +13,8 @@
 #include <sys/resource.h>
 
 // How long a worker spins before it sleeps. Workers finish a step within a few microseconds of each
-// other, while sleeping and waking takes some 50. A longer spin would keep the CPU from a worker
-// that the others wait for.
+// other, and sleeping and waking takes longer. A longer spin would keep the CPU from a worker that
+// the others wait for.
 #define SPIN_SECONDS 13e-6
 
 // ------------------------------------------------------------------------------------------------
@@ -28,16 +28,20 @@
 // shares. So a worker that loses its CPU delays the others by one piece, and one that wakes late
 // finds the pieces done and goes on to the next step.
 
+// The lower bits of WorkerSlot.claims are a piece: a step has at most MAX_VOCAB / ROWS_PER_PIECE.
+// The other 44 count the steps, which takes a year at 500,000 steps per second.
+#define PIECE_BITS 20
+
 typedef struct {
-    // Which pieces of this worker's share are claimed: the number of a step in the upper half, its
-    // next piece in the lower half. While the upper half is an earlier step, no piece of the
-    // current step has been claimed, so nothing has to be reset between steps.
+    // Which pieces of this worker's share are claimed: step << PIECE_BITS | the next piece. While
+    // that is an earlier step, no piece of the current step has been claimed, so nothing has to be
+    // reset between steps.
     _Alignas(64) atomic_ullong claims;
-    atomic_uint done; // pieces that this worker has computed, in all steps
-    // Only the worker itself uses these; the counts wrap around.
-    _Alignas(64) unsigned step; // number of its current step
-    unsigned total;             // pieces of all steps up to this one
-    unsigned claimed;           // pieces that this worker has claimed, in all steps
+    atomic_ullong done; // pieces that this worker has computed, in all steps
+    // Only the worker itself uses these.
+    _Alignas(64) unsigned long long step; // number of its current step
+    unsigned long long total;             // pieces of all steps up to this one
+    unsigned long long claimed;           // pieces that this worker has claimed, in all steps
 } WorkerSlot;
 
 typedef struct {
@@ -52,22 +56,22 @@ static struct {
     WorkerSlot slots[MAX_THREADS];  // one for each worker
     atomic_int asleep;              // workers that sleep in barrier_wait()
 
-    pthread_mutex_t lock;      // guards all that follows
-    pthread_cond_t step_done;  // wakes the sleepers in barrier_wait()
-    pthread_cond_t work_ready; // wakes the workers between two passes
-    pthread_cond_t closed;     // wakes the other threads
-    Pass pass;                 // the last one that was published
-    unsigned passes;           // how many were published
-    unsigned step, total;      // of a WorkerSlot at the beginning of that pass
+    pthread_mutex_t lock;           // guards all that follows
+    pthread_cond_t step_done;       // wakes the sleepers in barrier_wait()
+    pthread_cond_t work_ready;      // wakes the workers between two passes
+    pthread_cond_t closed;          // wakes the other threads
+    Pass pass;                      // the last one that was published
+    unsigned long long passes;      // how many were published
+    unsigned long long step, total; // of a WorkerSlot at the beginning of that pass
     bool closing;
 } pool;
 
 // Returns whether a step is done, where `total` is the number of pieces of all steps up to it. No
 // piece of a later step is computed before, so the sum of all finished pieces shows it.
-static bool are_done(unsigned total) {
-    unsigned sum = 0;
+static bool are_done(unsigned long long total) {
+    unsigned long long sum = 0;
     for (int i = 0; i < pool.workers; i++) sum += pool.slots[i].done;
-    return (int)(sum - total) >= 0;
+    return sum >= total;
 }
 
 // Returns when all pieces of the worker's step are done. No lost wake-up: an arriving worker stores
@@ -91,22 +95,21 @@ static void barrier_wait(WorkerSlot *slot) {
 
 // Claims the next piece of the owner's share of the current step of `slot`. Returns false if none
 // is left, else its number in *next.
-static bool claim_from(const WorkerSlot *slot, int owner, unsigned pieces, unsigned *next) {
-    unsigned first = (unsigned)((uint64_t)pieces * owner / pool.workers);
-    unsigned end = (unsigned)((uint64_t)pieces * (owner + 1) / pool.workers);
-    unsigned long long seen = pool.slots[owner].claims, claims;
+static bool claim_from(const WorkerSlot *slot, int owner, size_t pieces, size_t *next) {
+    size_t first = pieces * owner / pool.workers, end = pieces * (owner + 1) / pool.workers;
+    unsigned long long seen = pool.slots[owner].claims;
     do {
-        int behind = (int)(slot->step - (unsigned)(seen >> 32)); // < 0: the step is over
-        *next = behind == 0 ? (unsigned)seen : first;
-        if (behind < 0 || *next == end) return false;
-        claims = (unsigned long long)slot->step << 32 | (*next + 1);
-    } while (!atomic_compare_exchange_weak(&pool.slots[owner].claims, &seen, claims));
+        unsigned long long step = seen >> PIECE_BITS;
+        *next = step == slot->step ? seen & ((1 << PIECE_BITS) - 1) : first;
+        if (step > slot->step || *next == end) return false; // the step is over, or the share is
+    } while (!atomic_compare_exchange_weak(&pool.slots[owner].claims, &seen,
+                                           slot->step << PIECE_BITS | (*next + 1)));
     return true;
 }
 
 static bool claim(int worker, size_t count, size_t piece_size, Range *piece) {
     WorkerSlot *slot = &pool.slots[worker];
-    unsigned pieces = (unsigned)((count + piece_size - 1) / piece_size), next;
+    size_t pieces = (count + piece_size - 1) / piece_size, next;
     if (piece->last == 0) slot->step++, slot->total += pieces; // the first call of a step
     for (int i = 0; i < pool.workers; i++)
         if (claim_from(slot, (worker + i) % pool.workers, pieces, &next)) {
@@ -133,7 +136,7 @@ static Usage thread_usage(void) {
 static void *thr_func(void *argument) {
     int thread = (int)(intptr_t)argument;
     bool is_worker = thread < pool.workers;
-    unsigned seen = 0;
+    unsigned long long seen = 0;
     pthread_mutex_lock(&pool.lock);
     for (;;) {
         while (!pool.closing && (!is_worker || pool.passes == seen))
