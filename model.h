@@ -1542,7 +1542,7 @@ static void make_room(Session *s, int needed) {
 // ends the pass. So drafts change no text.
 
 #define MAX_NGRAM 8
-#define USUAL_EXTRA 0.3 // extra_time in passes over one token, AVX2
+#define USUAL_EXTRA 0.2 // extra_time in passes over one token, AVX2
 
 // Writes a draft of `length` tokens behind the conversation: what followed the latest of the
 // longest earlier occurrences of its last 2..MAX_NGRAM tokens. Returns false if there is none.
@@ -2113,15 +2113,22 @@ KERNEL void NAME(mix)(float *out, const float *weight, size_t stride, size_t hea
         }
 }
 
-// Tiles whose integer sums stay in registers, with AVX-512 the float sums, too.
-#define DECODE_PANELS (LANES == 4 ? 2 : STREAMS)
+// A tile is the rows of some panels times some tokens.
 #if LANES == 16
-#define TILE_PANELS 2
+#define MAX_SUMS 12 // vectors of integer sums that stay in registers
 #define TILE_TOKENS 6
 #else
-#define TILE_PANELS 1
+#define MAX_SUMS 8
 #define TILE_TOKENS 4
 #endif
+#define PANEL_VECTORS (PANEL_ROWS / LANES)
+typedef floats NAME(Sums)[TILE_TOKENS][PANEL_VECTORS]; // of a panel
+
+// How many of a tile's panels are multiplied together: as many as there are registers for.
+INLINE size_t NAME(joint_panels)(size_t panels, size_t tokens) {
+    const size_t most = MAX_SUMS / (PANEL_VECTORS * tokens);
+    return most >= panels ? panels : most >= 2 ? 2 : 1;
+}
 
 // The step of a dot product: each lane of sum is a row, and grows by 4 of its weights times the 4
 // activations from x[at] on.
@@ -2159,62 +2166,73 @@ INLINE int32_t NAME(zero_point_correction)(const QuantizedActivations *x, size_t
 
 #endif
 
-// A tile: the rows of 1 or 2 panels times some tokens. Both numbers are known at compile time, so
-// that the sums stay in registers.
-INLINE void NAME(multiply_tile)(float *out, const QuantizedTensor *w, size_t row,
-                                const size_t panels, const QuantizedActivations *x, size_t token,
-                                const size_t tokens) {
-    enum { PER_PANEL = PANEL_ROWS / LANES, MAX_VECTORS = STREAMS * PER_PANEL };
-    const size_t vectors = panels * PER_PANEL, groups = w->cols / GROUP;
-    const Panel *panel[STREAMS];
-    for (size_t p = 0; p < panels; p++) panel[p] = panels_of(w, row + p * PANEL_ROWS);
-    floats sum[TILE_TOKENS][MAX_VECTORS];
+// Adds the products of one group of columns to the sums of a tile, or of some of its panels.
+INLINE void NAME(add_group)(NAME(Sums) * sum, const Panel *const *panel, const size_t panels,
+                            size_t group, const QuantizedActivations *x, size_t token,
+                            const size_t tokens) {
+    const size_t vectors = panels * PANEL_VECTORS, groups = x->width / GROUP;
+    const size_t at = token * groups + group;
+    ints dot[TILE_TOKENS][STREAMS * PANEL_VECTORS];
     for (size_t t = 0; t < tokens; t++)
-        for (size_t v = 0; v < vectors; v++) sum[t][v] = (floats){0};
-    for (size_t group = 0; group < groups; group++) {
-        size_t at = token * groups + group;
-        ints dot[TILE_TOKENS][MAX_VECTORS];
-        for (size_t t = 0; t < tokens; t++)
-            for (size_t v = 0; v < vectors; v++)
-                dot[t][v] = (ints){0} - NAME(zero_point_correction)(x, at + t * groups);
+        for (size_t v = 0; v < vectors; v++)
+            dot[t][v] = (ints){0} - NAME(zero_point_correction)(x, at + t * groups);
 #if defined(DOT4) && defined(__aarch64__) && !defined(__clang__)
 #pragma GCC unroll 4 // or GCC copies each sum from register to register twice in a step
 #endif
-        for (size_t step = 0; step < GROUP / 4; step++) {
-            ints weights[MAX_VECTORS];
-            for (size_t v = 0; v < vectors; v++)
-                weights[v] = LOAD(ints, panel[v / PER_PANEL][group].q[step][v % PER_PANEL * LANES]);
-            for (size_t t = 0; t < tokens; t++)
-                for (size_t v = 0; v < vectors; v++)
-                    dot[t][v] = NAME(add_step)(dot[t][v], weights[v], x,
-                                               (at + t * groups) * GROUP + step * 4);
-        }
-        for (size_t t = 0; t < tokens; t++)
-            for (size_t v = 0; v < vectors; v++) {
-                floats scales = LOAD(floats, panel[v / PER_PANEL][group].s + v % PER_PANEL * LANES);
-                sum[t][v] = sum[t][v] + (__builtin_convertvector(dot[t][v], floats) * scales) *
-                                            x->s[at + t * groups];
-            }
-    }
-    for (size_t t = 0; t < tokens; t++) {
-        float *to = out + (token + t) * w->rows + row, edge[MAX_VECTORS * LANES];
-        bool whole = row + vectors * LANES <= w->rows;
+    for (size_t step = 0; step < GROUP / 4; step++) {
+        // The next group: a stream waits while the panels of the others are multiplied.
+        for (size_t p = 0; p < panels; p++) __builtin_prefetch(panel[p][group + 1].q[step]);
+        ints w[STREAMS * PANEL_VECTORS];
         for (size_t v = 0; v < vectors; v++)
-            STORE(floats, (whole ? to : edge) + v * LANES, sum[t][v]);
-        if (!whole) memcpy(to, edge, (w->rows - row) * sizeof(float));
+            w[v] = LOAD(ints, panel[v / PANEL_VECTORS][group].q[step][v % PANEL_VECTORS * LANES]);
+        for (size_t t = 0; t < tokens; t++)
+            for (size_t v = 0; v < vectors; v++)
+                dot[t][v] =
+                    NAME(add_step)(dot[t][v], w[v], x, (at + t * groups) * GROUP + step * 4);
     }
+    for (size_t t = 0; t < tokens; t++)
+        for (size_t v = 0; v < vectors; v++) {
+            size_t p = v / PANEL_VECTORS, i = v % PANEL_VECTORS;
+            floats product = __builtin_convertvector(dot[t][v], floats) *
+                             LOAD(floats, panel[p][group].s + i * LANES);
+            sum[p][t][i] = sum[p][t][i] + product * x->s[at + t * groups];
+        }
 }
 
-// Several panels at a time are several streams of memory, which are read faster than one.
+// Computes a tile: the rows of some panels from `row` on times some tokens. Both numbers are known
+// at compile time, so that the integer sums stay in registers.
+INLINE void NAME(multiply_tile)(float *out, const QuantizedTensor *w, size_t row,
+                                const size_t panels, const QuantizedActivations *x, size_t token,
+                                const size_t tokens) {
+    const size_t joint = NAME(joint_panels)(panels, tokens);
+    const Panel *panel[STREAMS];
+    NAME(Sums) sum[STREAMS] = {0};
+    for (size_t p = 0; p < panels; p++) panel[p] = panels_of(w, row + p * PANEL_ROWS);
+    for (size_t group = 0; group < w->cols / GROUP; group++)
+        if (joint == panels) // no loop here, or clang keeps the sums in memory
+            NAME(add_group)(sum, panel, panels, group, x, token, tokens);
+        else
+            for (size_t p = 0; p < panels; p += joint)
+                NAME(add_group)(sum + p, panel + p, joint, group, x, token, tokens);
+    for (size_t p = 0; p < panels; p++, row += PANEL_ROWS)
+        for (size_t t = 0; t < tokens; t++) {
+            float *to = out + (token + t) * w->rows + row, edge[PANEL_ROWS];
+            bool whole = row + PANEL_ROWS <= w->rows;
+            for (size_t v = 0; v < PANEL_VECTORS; v++)
+                STORE(floats, (whole ? to : edge) + v * LANES, sum[p][t][v]);
+            if (!whole) memcpy(to, edge, (w->rows - row) * sizeof(float));
+        }
+}
+
 KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, Range rows,
                               const QuantizedActivations *x) {
     size_t row = rows.first;
-    for (; row + DECODE_PANELS * PANEL_ROWS <= rows.last; row += DECODE_PANELS * PANEL_ROWS)
-        NAME(multiply_tile)(out, w, row, DECODE_PANELS, x, 0, 1);
+    for (; row + STREAMS * PANEL_ROWS <= rows.last; row += STREAMS * PANEL_ROWS)
+        NAME(multiply_tile)(out, w, row, STREAMS, x, 0, 1);
     for (; row < rows.last; row += PANEL_ROWS) NAME(multiply_tile)(out, w, row, 1, x, 0, 1);
 }
 
-// All tokens times the rows of a tile, whose weights stay in the L1 cache.
+// All tokens times the rows of some panels.
 INLINE void NAME(multiply_panels)(float *out, const QuantizedTensor *w, size_t row,
                                   const size_t panels, const QuantizedActivations *x, size_t n) {
     size_t token = 0;
@@ -2231,18 +2249,21 @@ INLINE void NAME(multiply_panels)(float *out, const QuantizedTensor *w, size_t r
     }
 }
 
-// Two tokens take 2 panels at a time: 0.8 of the time of 1 panel (AVX2).
+// Few tokens take the time of reading the weights, from all streams at once. Many go over the
+// weights of a tile again and again, so these must stay in the L1 cache: as few panels as fill the
+// registers.
 KERNEL void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, Range rows,
                               const QuantizedActivations *x, size_t n) {
+    const size_t few = NAME(joint_panels)(STREAMS, TILE_TOKENS);
     size_t row = rows.first;
-    for (; n == 2 && row + 2 * PANEL_ROWS <= rows.last; row += 2 * PANEL_ROWS)
-        NAME(multiply_tile)(out, w, row, 2, x, 0, 2);
-    for (; row + TILE_PANELS * PANEL_ROWS <= rows.last; row += TILE_PANELS * PANEL_ROWS)
-        NAME(multiply_panels)(out, w, row, TILE_PANELS, x, n);
+    for (; n <= 32 && row + STREAMS * PANEL_ROWS <= rows.last; row += STREAMS * PANEL_ROWS)
+        NAME(multiply_panels)(out, w, row, STREAMS, x, n);
+    for (; row + few * PANEL_ROWS <= rows.last; row += few * PANEL_ROWS)
+        NAME(multiply_panels)(out, w, row, few, x, n);
     for (; row < rows.last; row += PANEL_ROWS) NAME(multiply_panels)(out, w, row, 1, x, n);
 }
-#undef DECODE_PANELS
-#undef TILE_PANELS
+#undef MAX_SUMS
+#undef PANEL_VECTORS
 #undef TILE_TOKENS
 
 #define TEXT(name) #name
