@@ -379,8 +379,9 @@ static inline int serve_front_end(Answer *answer, Session *session) {
             if (result < 0 || notify_front_end(result == REJECTED ? REJECTED : DONE) < 0) return -1;
         } else if (poll(&input, 1, 0) != 0) {
             read_more(&reader);
-        } else {
-            sigwaitinfo(&notification, NULL);
+        } else if (sigwaitinfo(&notification, NULL) < 0 && errno != EINTR) {
+            report_error("Cannot wait for a prompt: %s.", strerror(errno));
+            return -1;
         }
     }
 }

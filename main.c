@@ -428,8 +428,10 @@ _Noreturn static void exec_engine(const char *path, const Options *options, pid_
     // The engine must not outlive main, not even if main is killed, or was before this call.
     char byte;
     prctl(PR_SET_PDEATHSIG, SIGKILL);
-    if (getppid() != front_end || read(start, &byte, 1) != 1) _exit(1);
-    if (restore_inherited(before, front_end, prompts, returns) < 0) {
+    if (getppid() != front_end) _exit(1);
+    ssize_t count = read(start, &byte, 1);
+    if (count == 0) _exit(1); // main has reported why
+    if (count < 0 || restore_inherited(before, front_end, prompts, returns) < 0) {
         report_error("Cannot prepare the engine's process: %s.", strerror(errno));
         _exit(1);
     }
@@ -523,11 +525,11 @@ __attribute__((format(printf, 2, 3))) static void print(Chat *chat, const char *
 static void dismiss_engine(Chat *chat) {
     if (chat->phase == EXITING) return;
     chat->phase = EXITING;
-    chat->wake_time = chat->failed ? seconds(CLOCK_MONOTONIC) + GRACE_PERIOD : NEVER;
     chat->line_ended = true;
     print(chat, "\n");
     close(chat->child.prompts);
-    kill(chat->child.pid, SIGUSR1);
+    bool notified = kill(chat->child.pid, SIGUSR1) == 0;
+    chat->wake_time = chat->failed || !notified ? seconds(CLOCK_MONOTONIC) + GRACE_PERIOD : NEVER;
 }
 
 // Ends the chat after an error. An engine that does not exit in time is killed.
@@ -574,10 +576,9 @@ static void send_prompt(Chat *chat, char *line, size_t length) {
     chat->phase = GENERATING;
     start_sampling(&chat->meter);
     chat->wake_time = chat->meter.time + SAMPLE_INTERVAL;
-    if (write(chat->child.prompts, line, length) == (ssize_t)length) {
-        kill(chat->child.pid, SIGUSR1);
+    if (write(chat->child.prompts, line, length) == (ssize_t)length &&
+        kill(chat->child.pid, SIGUSR1) == 0)
         return;
-    }
     // EPIPE: the engine has died, which SIGCHLD reports.
     if (errno != EPIPE) report_error("Cannot send the prompt: %s.", strerror(errno));
     fail(chat);
@@ -623,23 +624,28 @@ static void finish_reply(Chat *chat, char byte) {
 static void read_engine_bytes(Chat *chat) {
     char byte;
     ssize_t count;
+    if (chat->child.returns < 0) return;
     while ((count = read(chat->child.returns, &byte, 1)) == 1) {
         if (chat->phase == LOADING) finish_loading(chat);
         else if (chat->phase == GENERATING) finish_reply(chat, byte);
     }
-    if (count < 0) return;
+    if (count < 0 && (errno == EAGAIN || errno == EINTR)) return;
+    if (count < 0) {
+        report_error("Cannot read the return pipe: %s.", strerror(errno));
+        fail(chat);
+    }
     close(chat->child.returns); // its end would wake ppoll(2) again and again
     chat->child.returns = -1;
 }
 
 // Reads all pending signals, so that an interrupt and the death that it causes are seen together.
-// Returns whether a child has died.
-static bool read_signals(Chat *chat) {
+// Returns 1 if a child has died, 0 if none has, or -1 with errno.
+static int read_signals(Chat *chat) {
     struct signalfd_siginfo signal;
-    bool child_died = false;
+    int child_died = 0;
     while (read(chat->signals, &signal, sizeof(signal)) == sizeof(signal)) {
         switch (signal.ssi_signo) {
-        case SIGCHLD: child_died = true; break;
+        case SIGCHLD: child_died = 1; break;
         case SIGUSR2: read_engine_bytes(chat); break;
         case SIGCONT: // the shell has printed something since the prompt mark
             if (chat->phase <= PROMPTING && chat->output_length == 0) print(chat, PROMPT_MARK);
@@ -650,7 +656,14 @@ static bool read_signals(Chat *chat) {
             break;
         }
     }
-    return child_died;
+    return errno == EAGAIN || errno == EINTR ? child_died : -1;
+}
+
+// An engine that cannot even be killed is killed by the kernel when main exits: PR_SET_PDEATHSIG.
+static void kill_engine(const Chat *chat) {
+    if (kill(chat->child.pid, SIGKILL) == 0) return;
+    report_error("Cannot kill the engine: %s.", strerror(errno));
+    exit(1);
 }
 
 // Handles the wake time: writes a log line, or kills an engine that has not exited in time.
@@ -662,7 +675,7 @@ static void on_timeout(Chat *chat) {
         chat->wake_time += SAMPLE_INTERVAL;
         if (chat->wake_time < now) chat->wake_time = now + SAMPLE_INTERVAL;
     } else {
-        kill(chat->child.pid, SIGKILL);
+        kill_engine(chat);
         chat->wake_time = now + GRACE_PERIOD;
     }
 }
@@ -697,14 +710,26 @@ static bool reap_engine(Chat *chat, int flags, int *status) {
     return true;
 }
 
+// Ends the chat when no event can be awaited or read any more. Returns false; see handle_events().
+static bool stop_waiting(Chat *chat, int *status) {
+    report_error("Cannot wait for the engine: %s.", strerror(errno));
+    chat->failed = true;
+    kill_engine(chat);
+    reap_engine(chat, 0, status);
+    return false;
+}
+
 // Handles what ppoll(2) has returned. Returns false when the engine is gone, with its status.
 static bool handle_events(Chat *chat, const struct pollfd events[EVENT_COUNT], int ready,
                           int *status) {
+    if (ready < 0 && errno != EINTR) return stop_waiting(chat, status);
     if (ready == 0) on_timeout(chat);
     if (events[RETURNS].revents) read_engine_bytes(chat);
     if (events[INPUT].revents) read_more(&chat->input);
     if (events[OUTPUT].revents) write_output(chat);
-    if (read_signals(chat) && reap_engine(chat, WNOHANG, status)) return false;
+    int child_died = read_signals(chat);
+    if (child_died < 0) return stop_waiting(chat, status);
+    if (child_died && reap_engine(chat, WNOHANG, status)) return false;
     read_prompts(chat);
     return true;
 }
@@ -757,17 +782,14 @@ static int run_chat(const Options *options, int signals, const Inherited *before
     if (chat.meter.shares_screen)
         print(&chat, "The log appears here, among the replies. To keep it apart: 2>log\n");
     print(&chat, PROMPT_MARK);
-    do {
-        ready = wait_for_event(&chat, events);
-        if (ready < 0 && errno != EINTR) {
-            report_error("Cannot wait for the engine: %s.", strerror(errno));
-            chat.failed = true;
-            kill(chat.child.pid, SIGKILL);
-            reap_engine(&chat, 0, &status);
-            break;
-        }
-    } while (handle_events(&chat, events, ready, &status));
+    do ready = wait_for_event(&chat, events);
+    while (handle_events(&chat, events, ready, &status));
     return report_exit(&chat, status);
+}
+
+static int report_signal_error(void) {
+    report_error("Cannot block signals: %s.", strerror(errno));
+    return 1;
 }
 
 int main(int argc, char **argv) {
@@ -778,7 +800,7 @@ int main(int argc, char **argv) {
     sigemptyset(&blocked);
     sigaddset(&blocked, SIGUSR1);
     sigaddset(&blocked, SIGUSR2);
-    sigprocmask(SIG_BLOCK, &blocked, &before.mask);
+    if (sigprocmask(SIG_BLOCK, &blocked, &before.mask) < 0) return report_signal_error();
     reserve_standard_fds();
     Options options = {0};
     parse_options(&options, argc, argv);
@@ -789,7 +811,7 @@ int main(int argc, char **argv) {
     const int numbers[] = {SIGINT, SIGTERM, SIGCHLD, SIGCONT};
     for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++)
         sigaddset(&blocked, numbers[i]);
-    sigprocmask(SIG_BLOCK, &blocked, NULL);
+    if (sigprocmask(SIG_BLOCK, &blocked, NULL) < 0) return report_signal_error();
     sigaction(SIGCHLD, &(struct sigaction){.sa_handler = SIG_DFL}, &before.sigchld);
     sigaction(SIGPIPE, &(struct sigaction){.sa_handler = SIG_IGN}, &before.sigpipe);
     sigaction(SIGXFSZ, &(struct sigaction){.sa_handler = SIG_IGN}, &before.sigxfsz);

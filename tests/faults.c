@@ -2,17 +2,20 @@
 // variable FAULT names one of them:
 //
 //     setenv, dup2   fail always (main needs them only between fork and exec)
-//     ppoll, waitpid fail always
+//     ppoll, waitpid, sigprocmask, kill, sigwaitinfo   fail always
+//     signalfd, start, returns                         read(2) fails for this descriptor
 //     prompt         write(2) fails for data that begin with "FAULT"
 //     byte           write(2) of one byte fails for the return pipe
 //     late_read      read(2) from a terminal or pipe begins READ_DELAY after it was called
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/signalfd.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -50,6 +53,21 @@ pid_t waitpid(pid_t pid, int *status, int options) {
     return fault("waitpid") ? fail(EINVAL) : next(pid, status, options);
 }
 
+int sigprocmask(int how, const sigset_t *set, sigset_t *old) {
+    int (*next)(int, const sigset_t *, sigset_t *) = dlsym(RTLD_NEXT, "sigprocmask");
+    return fault("sigprocmask") ? fail(EINVAL) : next(how, set, old);
+}
+
+int kill(pid_t pid, int signal) {
+    int (*next)(pid_t, int) = dlsym(RTLD_NEXT, "kill");
+    return fault("kill") ? fail(EPERM) : next(pid, signal);
+}
+
+int sigwaitinfo(const sigset_t *set, siginfo_t *info) {
+    int (*next)(const sigset_t *, siginfo_t *) = dlsym(RTLD_NEXT, "sigwaitinfo");
+    return fault("sigwaitinfo") ? fail(EINVAL) : next(set, info);
+}
+
 ssize_t write(int fd, const void *data, size_t size) {
     ssize_t (*next)(int, const void *, size_t) = dlsym(RTLD_NEXT, "write");
     if (fault("prompt") && size > 5 && memcmp(data, "FAULT", 5) == 0) return fail(EIO);
@@ -63,5 +81,10 @@ ssize_t read(int fd, void *data, size_t size) {
     if (fault("late_read") && size > 1000 && fstat(fd, &status) == 0 &&
         (S_ISFIFO(status.st_mode) || S_ISCHR(status.st_mode)))
         usleep(READ_DELAY);
+    // The bytes of both pipes come one at a time; only the return pipe is read without blocking.
+    int returns = (fcntl(fd, F_GETFL) & O_NONBLOCK) != 0;
+    if (fault("signalfd") && size == sizeof(struct signalfd_siginfo)) return fail(EIO);
+    if (fault("returns") && size == 1 && returns) return fail(EIO);
+    if (fault("start") && size == 1 && !returns) return fail(EIO);
     return next(fd, data, size);
 }

@@ -45,17 +45,50 @@ class FailureTest(SessionTestCase):
 
     def test_a_failure_between_fork_and_exec_is_reported(self):
         """The child cannot become the engine: it reports the cause, exits, and main exits, too."""
-        for name in ("setenv", "dup2"):
+        for name in ("setenv", "dup2", "start"):
             with self.subTest(name):
                 session = self.run_to_end(MAIN, "-d", TINY, 42, env=with_fault(name))
                 self.assert_one_line(session, "Cannot prepare the engine's process")
                 self.assertIn("Child exited with 1\n", session.text)
 
     def test_a_wait_that_fails_is_reported(self):
-        """ppoll(2) fails: main can wait for no event any more, so it kills the engine and exits."""
-        session = self.start(MAIN, "-d", TINY, 42, env=with_fault("ppoll"))
+        """ppoll(2) or the signals' read(2) fails: main can wait for no event any more, so it kills
+        the engine and exits."""
+        for name in ("ppoll", "signalfd"):
+            with self.subTest(name):
+                session = self.start(MAIN, "-d", TINY, 42, env=with_fault(name))
+                session.status = session.finish()
+                self.assert_one_line(session, "Cannot wait for the engine")
+
+    def test_signals_that_cannot_be_blocked_are_reported(self):
+        """Nothing is started then."""
+        session = self.start(MAIN, "-d", TINY, 42, env=with_fault("sigprocmask"))
         session.status = session.finish()
-        self.assert_one_line(session, "Cannot wait for the engine")
+        self.assert_one_line(session, "Cannot block signals")
+        self.assertEqual(session.text, "")
+
+    def test_a_return_pipe_that_cannot_be_read_is_reported(self):
+        """The engine is asked to exit, since none of its bytes would be seen."""
+        session = self.chat(42, env=with_fault("returns"))
+        session.status = session.finish()
+        self.assert_one_line(session, "Cannot read the return pipe")
+
+    def test_an_engine_that_cannot_be_signalled(self):
+        """main reports it and exits, and the kernel kills the engine."""
+        session = self.chat(42, env=with_fault("kill"))
+        session.read_until(">>> ")
+        session.send("Hello!\n")
+        self.assertEqual(session.process.wait(PATIENCE), 1)
+        session.wait_for_orphans()
+        self.assertRegex(session.errors, r"\ACannot send the prompt: [^\n]*\n"
+                                         r"Cannot kill the engine: [^\n]*\n\Z")
+
+    def test_an_engine_that_cannot_wait_for_a_prompt(self):
+        """It exits, and so does main."""
+        session = self.chat(42, env=with_fault("sigwaitinfo"))
+        session.status = session.finish()
+        self.assert_one_line(session, "Cannot wait for a prompt")
+        self.assertIn("Child exited with 1\n", session.text)
 
     def test_a_failing_waitpid_is_reported(self):
         """waitpid(2) fails: no other event would end the chat."""
