@@ -2,9 +2,8 @@
 //
 //     ./parallel [options] <threads> <seed> ["prompt" ...]
 //
-// model.h has what is computed, the same to the last bit for any number of threads: a pass is a
-// sequence of steps, each made of pieces that do not depend on each other. This file decides which
-// thread computes which piece, and how the threads wait for each other.
+// model.h has what is computed, the same to the last bit for any number of threads. This file
+// decides which thread computes which piece of a step, and how the threads wait for each other.
 #define _GNU_SOURCE
 #include "common.h"
 #include "model.h"
@@ -12,9 +11,8 @@
 #include <stdatomic.h>
 #include <sys/resource.h>
 
-// How long a worker spins before it sleeps. Workers finish a step within a few microseconds of each
-// other, and sleeping and waking takes longer. A longer spin would keep the CPU from a worker that
-// the others wait for.
+// How long a worker spins before it sleeps: most wait less, and to sleep and wake up takes longer.
+// A longer spin would keep the CPU from a worker that the others wait for.
 #define SPIN_SECONDS 13e-6
 
 // ------------------------------------------------------------------------------------------------
@@ -48,11 +46,10 @@ typedef struct {
     double user, system; // seconds of CPU time
 } Usage;
 
-static struct {
+typedef struct {
     pthread_t threads[MAX_THREADS]; // without thread 0, which is the caller
     Usage usage[MAX_THREADS];       // of each thread, when it has ended
-    int size;                       // threads
-    int workers;                    // threads that take part in passes
+    int size, workers;              // threads, and how many of them take part in passes
     WorkerSlot slots[MAX_THREADS];  // one for each worker
     atomic_int asleep;              // workers that sleep in barrier_wait()
 
@@ -64,7 +61,8 @@ static struct {
     unsigned long long passes;      // how many were published
     unsigned long long step, total; // of a WorkerSlot at the beginning of that pass
     bool closing;
-} pool;
+} Pool;
+static Pool pool;
 
 // Returns whether a step is done, where `total` is the number of pieces of all steps up to it. No
 // piece of a later step is computed before, so the sum of all finished pieces shows it.
@@ -124,9 +122,8 @@ static bool claim(int worker, size_t count, size_t piece_size, Range *piece) {
 // Returns the CPU time of the calling thread. getrusage(2) has it as of the kernel's last tick;
 // reading the thread's CPU clock brings it up to date.
 static Usage thread_usage(void) {
-    struct timespec clock;
     struct rusage usage;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &clock);
+    seconds(CLOCK_THREAD_CPUTIME_ID);
     getrusage(RUSAGE_THREAD, &usage);
     return (Usage){(double)usage.ru_utime.tv_sec + 1e-6 * (double)usage.ru_utime.tv_usec,
                    (double)usage.ru_stime.tv_sec + 1e-6 * (double)usage.ru_stime.tv_usec};
@@ -176,22 +173,16 @@ static void close_thr_pool(void) {
     pthread_cond_broadcast(&pool.closed);
     pthread_mutex_unlock(&pool.lock);
     for (int i = 1; i < pool.size; i++) pthread_join(pool.threads[i], NULL);
-    pthread_cond_destroy(&pool.step_done);
-    pthread_cond_destroy(&pool.work_ready);
-    pthread_cond_destroy(&pool.closed);
-    pthread_mutex_destroy(&pool.lock);
 }
 
-// Makes the caller and threads - 1 new ones a pool of 1..MAX_THREADS threads, the first `workers`
-// of which take part in passes. Returns 0, or -1 after reporting which thread cannot be created,
-// with none of them left.
+// Makes the caller and threads - 1 new ones a pool, the first `workers` of which take part in
+// passes. Returns 0, or -1 after reporting which thread cannot be created, with none of them left.
 static int start_threads(int threads, int workers) {
-    memset(&pool, 0, sizeof(pool));
-    pool.workers = workers;
-    pthread_mutex_init(&pool.lock, NULL);
-    pthread_cond_init(&pool.step_done, NULL);
-    pthread_cond_init(&pool.work_ready, NULL);
-    pthread_cond_init(&pool.closed, NULL);
+    pool = (Pool){.workers = workers,
+                  .lock = PTHREAD_MUTEX_INITIALIZER,
+                  .step_done = PTHREAD_COND_INITIALIZER,
+                  .work_ready = PTHREAD_COND_INITIALIZER,
+                  .closed = PTHREAD_COND_INITIALIZER};
     for (pool.size = 1; pool.size < threads; pool.size++) {
         int error =
             pthread_create(&pool.threads[pool.size], NULL, thr_func, (void *)(intptr_t)pool.size);
@@ -217,10 +208,8 @@ static int init_thr_pool(int threads) {
 // Prints what each thread has used. Thread 0 is the main thread, which has a line of its own for
 // what it had used before it created the pool.
 static void print_usage(Usage before) {
-    Usage whole = {0};
-    pool.usage[0] = thread_usage();
-    pool.usage[0].user -= before.user;
-    pool.usage[0].system -= before.system;
+    Usage whole = {0}, now = thread_usage();
+    pool.usage[0] = (Usage){now.user - before.user, now.system - before.system};
     for (int i = 0; i <= pool.size; i++) {
         Usage usage = i < pool.size ? pool.usage[i] : before;
         whole.user += usage.user;
@@ -247,26 +236,23 @@ int main(int argc, char **argv) {
     long threads;
     CommandLine line = {.argc = argc, .argv = argv, .wanted = 2};
     parse_settings(&settings, &line, usage);
-    if (line.count < 2) {
-        report_error("The number of threads and the seed are needed.");
-        usage(argv[0], 2);
-    }
-    bool valid = parse_integer(line.operands[0], 1, MAX_THREADS, &threads);
-    if (!valid || !parse_seed(line.operands[1], &settings.seed)) {
-        report_error("%s is not a %s.", line.operands[valid], valid ? "seed" : "number of threads");
-        usage(argv[0], 2);
-    }
+    bool valid = false;
+    if (line.count < 2) report_error("The number of threads and the seed are needed.");
+    else if (!parse_integer(line.operands[0], 1, MAX_THREADS, &threads))
+        report_error("%s is not a number of threads.", line.operands[0]);
+    else if (!parse_seed(line.operands[1], &settings.seed))
+        report_error("%s is not a seed.", line.operands[1]);
+    else valid = true;
+    if (!valid) usage(argv[0], 2);
     choose_seed(&settings);
 
     Session session;
     if (build_session(&session, &settings) < 0) return 1;
-    int result = 1;
     Usage before = thread_usage();
-    if (init_thr_pool((int)threads) == 0) {
-        result = serve(generate, &session, argv + optind, argc - optind) < 0 ? 1 : 0;
-        close_thr_pool();
-        print_usage(before);
-    }
+    if (init_thr_pool((int)threads) < 0) return 1;
+    int result = serve(generate, &session, argv + optind, argc - optind);
+    close_thr_pool();
+    print_usage(before);
     free_session(&session);
-    return fflush(stdout) == EOF ? 1 : result;
+    return result < 0 || flush_output() < 0 ? 1 : 0;
 }

@@ -166,6 +166,13 @@ class FailureTest(SessionTestCase):
         ignored = int(session.text.split("SigIgn:")[1].split()[0], 16)
         self.assertFalse(ignored & 1 << (signal.SIGXFSZ - 1))
 
+    def test_the_engine_ignores_what_main_was_told_to_ignore(self):
+        """main itself needs SIGCHLD; the engine gets back what main had."""
+        session = self.start_fake("put(signal.getsignal(signal.SIGCHLD).name)\n",
+                                  prepare=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
+        session.finish()
+        self.assertIn("SIG_IGN", session.text)
+
     def test_without_proc(self):
         """The engine is found beside main; only the log is missing, and a line reports why."""
         script = 'mount -t tmpfs none /proc && echo ready && exec "$0" -d "$1" 42'

@@ -76,6 +76,19 @@ class UsageTest(SessionTestCase):
         text = self.run_to_end(PARALLEL, "-d", TINY, cpus + 3, 42, "Tell me a story.").text
         self.assertLess(max(self.times(text)[cpus:cpus + 3]), 0.005, text)
 
+    def test_usage_that_cannot_be_printed_is_an_error(self):
+        """The last flush fails: a line reports it, exit status 1."""
+        def full_disk():
+            os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+        session = self.run_to_end(PARALLEL, "-d", TINY, 2, 42, "x" * 4096, prepare=full_disk)
+        self.assertEqual(session.status, 1)
+        self.assertRegex(session.errors, r"\ACannot write the output: No space left[^\n]*\n\Z")
+
+    def test_a_seed_of_0_is_taken_from_the_clock(self):
+        """It is printed first."""
+        text = self.run_to_end(PARALLEL, "-d", TINY, 2, 0, "Hello!").text
+        self.assertRegex(text, r"\AThe seed is \d{15,}, from the clock\.\n")
+
     def test_bad_thread_counts_are_refused(self):
         """0, negative, no number, beyond the limit: an error and the usage, exit status 2."""
         for count in ("0", "-1", "two", "2x", "", "65", "99999999999999999999"):

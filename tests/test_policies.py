@@ -1,6 +1,9 @@
 """Every scheduling policy, set by main, or refused by the kernel and reported with the cause."""
+import ctypes
 import os
+import platform
 import resource
+import struct
 import subprocess
 import sys
 import unittest
@@ -9,6 +12,7 @@ from pathlib import Path
 from support import LIBC, MAIN, TINY, SessionTestCase, real_time_works, threads_of, works
 
 SCHED_DEADLINE = 6  # not in the os module
+SYS_SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}
 PR_CAPBSET_DROP, CAP_SYS_NICE = 24, 23
 TIMES = ("-D", "10ms:20ms:20ms")
 SHORT_TIMES = ("-D", "1ms:10ms:10ms")  # which three threads may have even of a single CPU
@@ -82,6 +86,21 @@ class PolicyTest(PolicyTestCase):
         self.need_all_cpus()
         for times in ("10ms:20ms:20ms", "10000us:20ms:20000000"):
             self.assert_policy(("-s", "DEADLINE", "-D", times), "SCHED_DEADLINE", SCHED_DEADLINE)
+
+    def test_the_times_reach_the_kernel(self):
+        """Each in its unit, and none in the place of another."""
+        self.need_all_cpus()
+        if platform.machine() not in SYS_SCHED_GETATTR:
+            self.skipTest("the number of the system call is not known")
+        session = self.chat("-s", "DEADLINE", "-D", "2000us:20ms:30000000", 42)
+        session.read_until(">>> ")
+        session.ask("Hello!")
+        # struct sched_attr: size, policy, flags, nice, priority, runtime, deadline, period
+        attributes = ctypes.create_string_buffer(48)
+        self.assertEqual(LIBC.syscall(SYS_SCHED_GETATTR[platform.machine()], session.engine,
+                                      attributes, len(attributes), 0), 0)
+        times = struct.unpack("<IIQiIQQQ", attributes)[-3:]
+        self.assertEqual(times, (2_000_000, 20_000_000, 30_000_000))
 
     def test_names_are_taken_in_any_case(self):
         """With and without SCHED_."""

@@ -112,6 +112,12 @@ class InterruptTest(PhaseTestCase):
         os.kill(session.engine, signal.SIGINT)
         session.signal(signal.SIGCONT)
         self.assert_ends(session, 130, "130 (SIGINT)")
+        session = self.start_fake(STUBBORN + LOADING)
+        session.read_until("loading")
+        session.signal(signal.SIGINT)
+        time.sleep(0.1)  # so that main has taken the first
+        session.signal(signal.SIGTERM)
+        self.assert_ends(session, 130, "130 (SIGINT)")
 
     def test_a_death_beside_an_interrupt_is_an_interrupt(self):
         """If the engine is dead and SIGINT is pending, it is an interrupt."""
