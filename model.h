@@ -1367,14 +1367,8 @@ static int sample_top_p(Sampler *s, const float *p, float coin) {
     float cutoff = (1 - s->top_p) / (float)(s->vocab_size - 1); // less can't be part of the set
     Item *items = s->candidates;
     int count = 0;
-    for (int start = 0, end; start < s->vocab_size; start = end) {
-        // Few tokens reach the cutoff: most blocks of 16 are skipped after one test.
-        int likely = 0;
-        end = start + 16 < s->vocab_size ? start + 16 : s->vocab_size;
-        for (int i = start; i < end; i++) likely |= p[i] >= cutoff;
-        for (int i = start; likely && i < end; i++)
-            if (p[i] >= cutoff) items[count++] = (Item){.key = p[i], .order = i};
-    }
+    for (int i = 0; i < s->vocab_size; i++)
+        if (p[i] >= cutoff) items[count++] = (Item){.key = p[i], .order = i};
     if (count == 0) return argmax(p, s->vocab_size);
     for (int i = count / 2 - 1; i >= 0; i--) sift_down(items, count, i);
 
@@ -2262,9 +2256,6 @@ KERNEL void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, Range rows,
         NAME(multiply_panels)(out, w, row, few, x, n);
     for (; row < rows.last; row += PANEL_ROWS) NAME(multiply_panels)(out, w, row, 1, x, n);
 }
-#undef MAX_SUMS
-#undef PANEL_VECTORS
-#undef TILE_TOKENS
 
 #define TEXT(name) #name
 #define QUOTED(isa) TEXT(isa)
@@ -2280,12 +2271,7 @@ static const Kernels NAME(kernels) = {
     .exp_minus = NAME(exp_minus),
 };
 
-#undef JOIN
-#undef NAMED
-#undef NAME
-#undef KERNEL
-#undef INLINE
-#undef VECTOR
+// The other macros are the same for every instruction set.
 #undef floats
 #undef ints
 #undef quads
@@ -2294,14 +2280,8 @@ static const Kernels NAME(kernels) = {
 #undef half
 #undef doubles
 #undef longs
-#undef LOAD
-#undef STORE
-#undef SELECT
-#undef SOFTMAX_ROWS
-#undef MAX_TOGETHER
-#undef MIX_VECTORS
-#undef TEXT
-#undef QUOTED
+#undef MAX_SUMS
+#undef TILE_TOKENS
 #undef ISA
 #undef LANES
 #undef TARGET
