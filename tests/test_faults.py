@@ -77,6 +77,7 @@ class FailureTest(SessionTestCase):
         """main reports it and exits, and the kernel kills the engine."""
         session = self.chat(42, env=with_fault("kill"))
         session.read_until(">>> ")
+        time.sleep(0.5)  # so that the engine waits for the signal and finds no prompt without it
         session.send("Hello!\n")
         self.assertEqual(session.process.wait(PATIENCE), 1)
         session.wait_for_orphans()
