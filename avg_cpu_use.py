@@ -19,11 +19,15 @@ import signal
 import statistics
 import sys
 from collections import namedtuple
+from itertools import chain
 
-# The file is read as bytes, so that no garbage in it can be a decoding error.
+# The file is read as bytes, so that no garbage in it can be a decoding error. N stands for a number;
+# 64 bits have at most 20 digits.
 LOG_LINE = re.compile(
-    rb"\[pid\] (\d+) \[tcomm\] \((.*)\) \[state\] (\S) \[policy\] (\S+) \[nice\] (-?\d+) "
-    rb"\[vsize\] (\d+) \[task_cpu\] (\d+) \[utime\] (\d+) \[stime\] (\d+) \[cpu%\] (\d+\.\d+)%\s*$")
+    rb"\[pid\] (N) \[tcomm\] \((.*)\) \[state\] (\S) \[policy\] (\S+) \[nice\] (-?N) "
+    rb"\[vsize\] (N) \[task_cpu\] (N) \[utime\] (N) \[stime\] (N) \[cpu%\] (N\.N)%\s*$"
+    .replace(b"N", rb"\d{1,20}"))
+LINE_LIMIT = 4096  # bytes; a longer line is no sample
 # The fields of a line, and by how many seconds utime + stime have grown since the line before.
 Sample = namedtuple("Sample", "pid tcomm state policy nice vsize task_cpu utime stime cpu growth")
 INTERVAL = 0.3  # seconds between two samples; a reply shorter than this has one shorter sample
@@ -48,7 +52,7 @@ def read_log(path):
     """The samples in a file; "-" is stdin. Without any, the program ends."""
     try:
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as log:
-            samples = parse(log)
+            samples = parse(iter(lambda: log.readline(LINE_LIMIT), b""))
     except OSError as error:
         sys.exit(f"avg_cpu_use.py: cannot read {path}: {error.strerror}")
     return samples or sys.exit(f"avg_cpu_use.py: {path} has no line with a [cpu%] field; write a "
@@ -80,7 +84,7 @@ def split_prompts(samples):
 def plot_columns(prompts, width):
     """The columns of a plot: lists of successive samples, an empty one between two prompts."""
     if 2 * len(prompts) >= width:
-        prompts = [sum(prompts, [])]  # there is no room to set them apart
+        prompts = [list(chain.from_iterable(prompts))]  # there is no room to set them apart
     size = -(-sum(map(len, prompts)) // (width - 2 * len(prompts)))
     columns = []
     for prompt in prompts:

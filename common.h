@@ -21,6 +21,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
+#include <limits.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -51,17 +52,19 @@
 // Prints one line on stderr. In normal use stderr is the log, where the user would miss it: if
 // stderr is redirected and stdout is a terminal, the line appears on stdout, too. A stream that
 // cannot take the line within REPORT_LIMIT loses it, so that no program hangs in an error message.
+// For the same reason the line is cut off at PIPE_BUF bytes, for which a writable pipe has room.
 __attribute__((format(printf, 1, 2))) static inline void report_error(const char *format, ...) {
+    char line[PIPE_BUF];
     va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof(line), format, arguments);
+    va_end(arguments);
     bool on_stdout = isatty(STDOUT_FILENO) && !isatty(STDERR_FILENO);
     for (int i = 0; i <= on_stdout; i++) {
         FILE *stream = i ? stdout : stderr;
         struct pollfd writable = {.fd = fileno(stream), .events = POLLOUT};
         if (poll(&writable, 1, REPORT_LIMIT) == 0) continue;
-        va_start(arguments, format);
-        vfprintf(stream, format, arguments);
-        va_end(arguments);
-        fputc('\n', stream);
+        fprintf(stream, "%s\n", line);
         fflush(stream);
     }
 }
@@ -79,7 +82,7 @@ static inline int flush_output(void) {
 // reported as an error.
 _Noreturn __attribute__((format(printf, 2, 3))) static inline void
 exit_with_usage(int status, const char *format, ...) {
-    char text[4096];
+    char text[PIPE_BUF];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(text, sizeof(text), format, arguments);
@@ -89,13 +92,17 @@ exit_with_usage(int status, const char *format, ...) {
     exit(flush_output() < 0 ? 1 : status);
 }
 
-// Occupies those of the descriptors 0, 1 and 2 that are closed; must be called before any other
-// descriptor is opened. Then no file or pipe ever gets one of these numbers, and output
-// for stdout or stderr cannot end up in it. /dev/null is opened for the wrong direction, so that
-// using a descriptor that was closed still fails, with EBADF.
+// Occupies those of the descriptors 0, 1 and 2 that are closed or open for the wrong direction;
+// must be called before any other descriptor is opened. Then no file or pipe ever gets one of these
+// numbers, and output for stdout or stderr cannot end up in it. /dev/null is opened for the wrong
+// direction, so that using the descriptor fails at once, with EBADF.
 static inline void reserve_standard_fds(void) {
-    for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
-        if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY);
+    for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++) {
+        int wrong = fd == STDIN_FILENO ? O_WRONLY : O_RDONLY, flags = fcntl(fd, F_GETFL);
+        if (flags >= 0 && (flags & O_ACCMODE) != wrong) continue;
+        close(fd);
+        open("/dev/null", wrong);
+    }
 }
 
 // Returns the time of a clock in seconds: CLOCK_MONOTONIC, which is never set back, or a process's
@@ -235,7 +242,7 @@ static inline void parse_settings(Settings *settings, CommandLine *line,
                                   void (*usage)(const char *program, int status)) {
     bool valid = true;
     for (int option; (option = next_option(line, "+:h" SETTINGS_OPTIONS)) != -1;) {
-        if (option == 'h') usage(line->argv[0], 0);
+        if (option == 'h') usage(line->argv[0], valid ? 0 : 2);
         valid = parse_setting(settings, option, optarg) && valid;
     }
     if (!valid) usage(line->argv[0], 2);
@@ -285,8 +292,8 @@ static inline bool is_blank(const char *text, size_t length) {
     return length == 0;
 }
 
-// Moves the next line from the buffer to line[MAX_PROMPT_LEN], without its newline or carriage
-// return and newline, and without a terminator. Returns its length, 0 for a blank line; or
+// Moves the next line from the buffer to line[MAX_PROMPT_LEN], without its newline and carriage
+// returns before that, and without a terminator. Returns its length, 0 for a blank line; or
 // NO_LINE_YET; or END_OF_INPUT, after an error, too; or LINE_TOO_LONG, once, after skipping a line
 // longer than MAX_PROMPT_LEN. The last line of the input needs no newline.
 static inline int next_line(LineReader *reader, char *line) {
@@ -302,7 +309,9 @@ static inline int next_line(LineReader *reader, char *line) {
 
     size_t length = newline ? (size_t)(newline - reader->buffer) : reader->length;
     size_t used = newline ? length + 1 : length;
-    if (newline && length > 0 && newline[-1] == '\r') length--;
+    // All of them, also at the end of the input: main passes the line on with a newline, and the
+    // engine must not find any more to remove.
+    while (length > 0 && reader->buffer[length - 1] == '\r') length--;
     bool too_long = reader->skipping || length > MAX_PROMPT_LEN;
     if (!too_long) memcpy(line, reader->buffer, length);
     reader->skipping = false;

@@ -42,5 +42,5 @@ int main(int argc, char **argv) {
     if (build_session(&session, &settings) < 0) return 1;
     int result = serve(generate, &session, argv + optind, argc - optind);
     free_session(&session);
-    return result < 0 ? 1 : 0;
+    return result < 0 || flush_output() < 0 ? 1 : 0;
 }

@@ -167,7 +167,7 @@ static void parse_options(Options *options, int argc, char **argv) {
     attributes->size = sizeof(SchedulingAttributes);
     for (int option; (option = next_option(&line, "+:h" POLICY_OPTIONS SETTINGS_OPTIONS)) != -1;) {
         const char *setting = strchr(SETTINGS_OPTIONS, option);
-        if (option == 'h') usage(argv[0], 0);
+        if (option == 'h') usage(argv[0], valid ? 0 : 2);
         if (setting) options->setting_values[(setting - SETTINGS_OPTIONS) / 2] = optarg;
         valid =
             (strchr(POLICY_OPTIONS, option) ? parse_policy_option(options, option, optarg)
@@ -476,10 +476,11 @@ static int start_engine(Child *child, const Options *options, const Inherited *b
     bool wanted = options->policy_given || options->nice_given;
     bool refused = options->attributes.policy != SCHED_DEADLINE &&
                    set_policy(child->pid, &options->attributes) < 0 && wanted;
+    bool started = !refused && write(start[1], "", 1) == 1;
     if (refused) report_policy_error(&options->attributes, errno);
-    else if (write(start[1], "", 1) == 1) return close(start[1]);
-    else report_error("Cannot start the engine: %s.", strerror(errno));
-    close(start[1]); // the child reads the end of the start pipe and exits
+    else if (!started) report_error("Cannot start the engine: %s.", strerror(errno));
+    close(start[1]); // a child without its byte reads the end of the start pipe and exits
+    if (started) return 0;
     waitpid(child->pid, NULL, 0);
     return -1;
 }
@@ -507,6 +508,7 @@ typedef struct {
     int interrupt;        // the SIGINT or SIGTERM that ends the chat, or 0
     bool line_ended;      // the cursor is not behind a prompt mark or in a reply
     bool output_closed;   // stdout cannot be written
+    bool engine_failed;   // it has exited with 1, after reporting why: stdout may be the reason
     bool failed;          // an error that has been reported ends the chat
 } Chat;
 
@@ -543,7 +545,7 @@ static void write_output(Chat *chat) {
     ssize_t count = write(STDOUT_FILENO, chat->output, chat->output_length);
     if (count < 0 && (errno == EAGAIN || errno == EINTR)) return;
     if (count < 0) {
-        if (errno != EPIPE && errno != EBADF)
+        if (errno != EPIPE && errno != EBADF && !chat->engine_failed)
             report_error("Cannot write the output: %s.", strerror(errno));
         chat->output_closed = true;
         chat->output_length = 0;
@@ -759,6 +761,7 @@ static int report_exit(Chat *chat, int status) {
     int code = signal ? 128 + signal : WEXITSTATUS(status);
     int result = chat->phase == EXITING && code == 0 && !chat->failed ? 0 : 1;
     if (chat->interrupt) result = code;
+    chat->engine_failed = code == 1;
 
     print(chat, "%sChild exited with %d", chat->line_ended ? "" : "\n", code);
     if (signal) print(chat, " (%s)", signal_name(signal));

@@ -254,8 +254,10 @@ static void fuzz_lines(Input *in) {
     size_t sent = 0;
     for (size_t start = 0; start < length; start = end + 1) {
         for (end = start; end < length && text[end] != '\n';) end++;
-        size_t size = end - start - (end < length && end > start && text[end - 1] == '\r');
-        int expected = size > MAX_PROMPT_LEN ? LINE_TOO_LONG : (int)size, count;
+        size_t size = end - start;
+        while (size > 0 && text[start + size - 1] == '\r') size--;
+        bool too_long = size > MAX_PROMPT_LEN || end - start > MAX_PROMPT_LEN + 1;
+        int expected = too_long ? LINE_TOO_LONG : (int)size, count;
         if (expected >= 0 && is_blank(text + start, size)) expected = 0;
         while ((count = next_line(reader, line)) == NO_LINE_YET) {
             send_piece(fds[1], text, length, &sent, pace);

@@ -88,6 +88,21 @@ class AverageTest(LogReaderTestCase):
             with self.subTest(name):
                 self.assert_refused(self.average_of(content), "/log", "2>log")
 
+    def test_numbers_that_cannot_be_are_no_samples(self):
+        """Digits without end are garbage, in any field and for any output."""
+        for digits in (21, 400, 5000):
+            for name in ("[utime] ", "[cpu%] "):
+                text = line("50.00").replace(name, name + digits * "9")
+                for option in ((), ("--plot",), ("--csv",), ("--weighted",)):
+                    self.assert_refused(self.average(*option, self.log(text)), "no line")
+
+    def test_a_log_of_many_prompts_takes_little_time(self):
+        """100,000 of them: seconds, not a minute."""
+        text = "".join(line("50.00", utime=20 * i) for i in range(100_000))
+        started = time.monotonic()
+        self.assertEqual(self.average("--plot", self.log(text)).returncode, 0)
+        self.assertLess(time.monotonic() - started, 20)
+
     def test_a_file_that_cannot_be_read_is_refused(self):
         """One line on stderr names the file and the cause; exit status 1."""
         folder = self.folder()

@@ -59,6 +59,13 @@ class UsageTest(SessionTestCase):
                     self.assertEqual((session.status, session.errors), (0, ""))
                     self.assertRegex(session.text, r"\AUsage: .*" + program.name)
 
+    def test_help_behind_a_mistake_is_no_success(self):
+        """The mistake is reported, and the exit status is 2."""
+        for program in (MAIN, INFERENCE, PARALLEL):
+            session = self.run_to_end(program, "-k", -1, "-h")
+            self.assertEqual((session.status, session.text), (2, ""))
+            self.assertRegex(session.errors, r"\A-k -1: expected .*\nUsage: ")
+
     def test_options_may_stand_behind_the_seed(self):
         """Before it, behind it, and behind the thread count, whatever getopt(3) does elsewhere."""
         for program, operands in ((MAIN, (42,)), (INFERENCE, (42,)), (PARALLEL, (2, 42))):

@@ -132,6 +132,22 @@ class FailureTest(SessionTestCase):
                 session = self.run_to_end("sh", "-c", 'exec "$0" -d "$1" 42 </', program, TINY)
                 self.assert_one_line(session, "Cannot read the input", "directory")
 
+    def test_an_output_that_cannot_be_written_is_reported_once(self):
+        """By the engine or by main, also if what is lost is the last message."""
+        output = self.folder() / "output"
+
+        def small_disk():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+            os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
+        session = self.run_to_end(MAIN, "-d", TINY, 42, typed="Tell me a story.\n" * 6,
+                                  prepare=small_disk)
+        self.assert_one_line(session, "Cannot write the output: File too large")
+
+        def full_disk():
+            os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+        session = self.run_to_end(INFERENCE, "-d", TINY, 42, "x" * 5000, prepare=full_disk)
+        self.assert_one_line(session, "Cannot write the output: No space left")
+
     def test_a_log_that_cannot_be_written_is_reported_once(self):
         """On the terminal of stdout, after the reply; the chat goes on."""
         def full_disk():
@@ -266,6 +282,30 @@ class BlockedOutputTest(SessionTestCase):
         full = self.full_pipe()
         session = self.start(INFERENCE, "-d", "/none", 42, prepare=lambda: os.dup2(full, 2))
         self.assertEqual(session.finish(), 1)
+
+    def test_an_error_line_longer_than_a_pipe(self):
+        """A writable pipe has room for 4096 bytes only: the line is cut off."""
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        for program in (MAIN, INFERENCE):
+            session = self.start(program, "-t", "x" * 70000, 42,
+                                 prepare=lambda: os.dup2(writer, 2))
+            self.assertEqual(session.finish(), 2)
+            self.assertIn(b"-t xxx", os.read(reader, 100000))
+        os.close(writer)
+
+    def test_the_wrong_end_of_a_pipe(self):
+        """An input that can only be written is at its end; an output that can only be read is an
+        error. Neither is waited for."""
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        self.addCleanup(os.close, writer)
+        for program in (MAIN, INFERENCE):
+            session = self.start(program, "-d", TINY, 42, prepare=lambda: os.dup2(writer, 0))
+            self.assertEqual(session.finish(), 0)
+            session = self.start(program, "-d", TINY, 42, prepare=lambda: os.dup2(reader, 1))
+            session.send("Hello!\n")
+            self.assertEqual(session.finish(), 1)
 
 
 if __name__ == "__main__":

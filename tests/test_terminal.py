@@ -43,6 +43,15 @@ class InputTest(SessionTestCase):
                                           typed="Hello!\r\n\r\nMy name is Zelda.\r\n")
                 self.assertEqual(replies(windows.text), replies(plain.text))
 
+    def test_every_program_takes_the_same_line(self):
+        """However many carriage returns end it, with a newline or at the end of the input."""
+        for end in ("\r\r\n", "\r\r\r\n", "\r", "\r\r"):
+            with self.subTest(end):
+                texts = {str(replies(self.run_to_end(*program, "-d", TINY, "-t", 1.5, 1,
+                                                     typed="Tell me a story." + ending).text))
+                         for program in ((MAIN,), (INFERENCE,)) for ending in (end, "\n")}
+                self.assertEqual(len(texts), 1, texts)
+
     def test_the_longest_prompt_may_have_a_windows_line_end(self):
         """4095 bytes are a prompt with either line end, 4096 are none."""
         for end in ("\n", "\r\n", ""):
