@@ -173,14 +173,14 @@ typedef struct {
 
     // out[head * stride + t] = q[head] . key[t] / sqrtf(head_size), sums in index order, for the
     // `heads` of q[heads][head_size], which share the keys, and t < kv_len. Entries up to a
-    // multiple of KEY_BLOCK are overwritten.
+    // multiple of KEY_BLOCK are overwritten. Prefetches the keys `ahead` floats before their use.
     void (*score)(float *out, size_t stride, const float *q, size_t heads, size_t head_size,
-                  const float *keys, size_t kv_len);
+                  const float *keys, size_t kv_len, size_t ahead);
 
     // out[head][i] = out[head][i] + weight[head * stride + t] * value[t][i] for each t < kv_len in
     // order, i < head_size, for the `heads` of out[heads][head_size], which share the values.
     void (*mix)(float *out, const float *weight, size_t stride, size_t heads, size_t head_size,
-                const float *values, size_t kv_len);
+                const float *values, size_t kv_len, size_t ahead);
 
     // Softmax of rows of n >= 1 numbers, `stride` apart, in place: x - maximum, exp, the sum in
     // index order, each divided by the sum.
@@ -305,6 +305,17 @@ static const Kernels *choose_kernels(void) {
     return NULL;
 }
 
+// Returns how many floats ahead attention prefetches keys and values. 4 KB make a token near
+// position 1000 take 0.93 of its time on an Intel Xeon (Emerald Rapids), 0.98 on an AMD Zen 3, and
+// more than 1 on a Zen 4.
+static size_t choose_kv_ahead(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_is("intel")) return 1024;
+#endif
+    return 0;
+}
+
 // ------------------------------------------------------------------------------------------------
 // 3  Transformer: loading and memory
 
@@ -339,6 +350,7 @@ typedef struct {
     Weights weights;
     State state;
     const Kernels *kernels;
+    size_t kv_ahead;    // floats that attention prefetches ahead in the KV cache
     Panel *panels;      // of all tensors, in the order in which a pass reads them
     size_t panels_size; // bytes
 } Transformer;
@@ -661,7 +673,7 @@ static int build_weights(Transformer *t, bool shared_classifier, ModelFile *file
 static int build_transformer(Transformer *t, const char *path) {
     ModelFile file;
     bool shared_classifier = false;
-    *t = (Transformer){.kernels = choose_kernels()};
+    *t = (Transformer){.kernels = choose_kernels(), .kv_ahead = choose_kv_ahead()};
     if (t->kernels == NULL || open_model_file(&file, path) < 0) return -1;
     int result = read_header(&t->config, &shared_classifier, &file);
     if (result == 0) {
@@ -851,7 +863,7 @@ static void multi_head_attn(const Pass *pass, size_t layer, size_t token, Range 
             end = min_size((kv_head + 1) * heads_per_kv_head, heads.last);
             kernels->score(att + head * stride + t, stride, q + head * head_size, end - head,
                            head_size, kv_chunk(s, c, layer, kv_head, t).keys,
-                           min_size(kv_len - t, CHUNK));
+                           min_size(kv_len - t, CHUNK), pass->transformer->kv_ahead);
         }
     kernels->softmax(att + heads.first * stride, stride, heads.last - heads.first, kv_len);
     for (size_t i = heads.first * head_size; i < heads.last * head_size; i++) out[i] = 0;
@@ -861,7 +873,7 @@ static void multi_head_attn(const Pass *pass, size_t layer, size_t token, Range 
             end = min_size((kv_head + 1) * heads_per_kv_head, heads.last);
             kernels->mix(out + head * head_size, att + head * stride + t, stride, end - head,
                          head_size, kv_chunk(s, c, layer, kv_head, t).values,
-                         min_size(kv_len - t, CHUNK));
+                         min_size(kv_len - t, CHUNK), pass->transformer->kv_ahead);
         }
 }
 
@@ -2016,10 +2028,11 @@ INLINE floats NAME(times_number)(floats v, const float *number) {
 
 // Heads that share keys and values go together, as many as have room for their sums in registers.
 #define MAX_TOGETHER 4
+#define LINE 16 // floats of a cache line
 
 // Scores of a block of positions.
 INLINE void NAME(score_block)(float *out, size_t stride, const float *q, const size_t heads,
-                              size_t head_size, const float *keys) {
+                              size_t head_size, const float *keys, size_t ahead) {
     enum { VECTORS = KEY_BLOCK / LANES };
     const float root = sqrtf((float)head_size);
     floats sum[MAX_TOGETHER][VECTORS];
@@ -2027,6 +2040,7 @@ INLINE void NAME(score_block)(float *out, size_t stride, const float *q, const s
         for (int v = 0; v < VECTORS; v++) sum[head][v] = (floats){0};
     for (size_t i = 0; i < head_size; i++, keys += KEY_BLOCK)
         for (int v = 0; v < VECTORS; v++) {
+            if (v * LANES % LINE == 0) __builtin_prefetch(keys + v * LANES + ahead, 0, 2);
             floats k = LOAD(volatile floats, keys + v * LANES); // once for all heads
             for (size_t head = 0; head < heads; head++)
                 sum[head][v] = sum[head][v] + NAME(times_number)(k, &q[head * head_size + i]);
@@ -2037,17 +2051,17 @@ INLINE void NAME(score_block)(float *out, size_t stride, const float *q, const s
 }
 
 KERNEL void NAME(score)(float *out, size_t stride, const float *q, size_t heads, size_t head_size,
-                        const float *keys, size_t kv_len) {
+                        const float *keys, size_t kv_len, size_t ahead) {
     enum { TOGETHER = LANES / 4 };
     for (size_t t = 0; t < kv_len; t += KEY_BLOCK, keys += KEY_BLOCK * head_size)
         for (size_t head = 0; head < heads; head += TOGETHER) {
             float *to = out + head * stride + t;
             const float *first = q + head * head_size;
             switch (min_size(heads - head, TOGETHER)) {
-            case 1: NAME(score_block)(to, stride, first, 1, head_size, keys); break;
-            case 2: NAME(score_block)(to, stride, first, 2, head_size, keys); break;
-            case 3: NAME(score_block)(to, stride, first, 3, head_size, keys); break;
-            case 4: NAME(score_block)(to, stride, first, 4, head_size, keys); break;
+            case 1: NAME(score_block)(to, stride, first, 1, head_size, keys, ahead); break;
+            case 2: NAME(score_block)(to, stride, first, 2, head_size, keys, ahead); break;
+            case 3: NAME(score_block)(to, stride, first, 3, head_size, keys, ahead); break;
+            case 4: NAME(score_block)(to, stride, first, 4, head_size, keys, ahead); break;
             }
         }
 }
@@ -2057,7 +2071,7 @@ KERNEL void NAME(score)(float *out, size_t stride, const float *q, size_t heads,
 
 // Some vectors of dimensions of a block's values.
 INLINE void NAME(mix_vectors)(float *out, const float *weight, size_t stride, const size_t heads,
-                              size_t head_size, const float *values, size_t kv_len,
+                              size_t head_size, const float *values, size_t kv_len, size_t ahead,
                               const size_t vectors) {
     floats sum[MAX_TOGETHER][MIX_VECTORS];
     for (size_t head = 0; head < heads; head++)
@@ -2065,6 +2079,7 @@ INLINE void NAME(mix_vectors)(float *out, const float *weight, size_t stride, co
             sum[head][v] = LOAD(floats, out + head * head_size + v * LANES);
     for (size_t t = 0; t < kv_len; t++, values += head_size)
         for (size_t v = 0; v < vectors; v++) {
+            if (v * LANES % LINE == 0) __builtin_prefetch(values + v * LANES + ahead, 0, 2);
             floats value = LOAD(floats, values + v * LANES);
             for (size_t head = 0; head < heads; head++)
                 sum[head][v] = sum[head][v] + NAME(times_number)(value, &weight[head * stride + t]);
@@ -2075,34 +2090,34 @@ INLINE void NAME(mix_vectors)(float *out, const float *weight, size_t stride, co
 }
 
 INLINE void NAME(mix_block)(float *out, const float *weight, size_t stride, const size_t heads,
-                            size_t head_size, const float *values, size_t kv_len) {
-    const size_t vectors = MIX_VECTORS;
+                            size_t head_size, const float *values, size_t n, size_t ahead) {
+    const size_t all = MIX_VECTORS;
     size_t i = 0;
-    for (; i + vectors * LANES <= head_size; i += vectors * LANES)
-        NAME(mix_vectors)(out + i, weight, stride, heads, head_size, values + i, kv_len, vectors);
+    for (; i + all * LANES <= head_size; i += all * LANES)
+        NAME(mix_vectors)(out + i, weight, stride, heads, head_size, values + i, n, ahead, all);
     for (; i + LANES <= head_size; i += LANES)
-        NAME(mix_vectors)(out + i, weight, stride, heads, head_size, values + i, kv_len, 1);
+        NAME(mix_vectors)(out + i, weight, stride, heads, head_size, values + i, n, ahead, 1);
     for (; i < head_size; i++)
         for (size_t head = 0; head < heads; head++) {
             float *sum = &out[head * head_size + i];
-            for (size_t t = 0; t < kv_len; t++)
+            for (size_t t = 0; t < n; t++)
                 *sum = *sum + weight[head * stride + t] * values[t * head_size + i];
         }
 }
 
 KERNEL void NAME(mix)(float *out, const float *weight, size_t stride, size_t heads,
-                      size_t head_size, const float *values, size_t kv_len) {
+                      size_t head_size, const float *values, size_t kv_len, size_t ahead) {
     enum { TOGETHER = LANES == 16 ? 4 : 1 };
     for (size_t t = 0; t < kv_len; t += KEY_BLOCK, values += KEY_BLOCK * head_size)
         for (size_t head = 0; head < heads; head += TOGETHER) {
             float *to = out + head * head_size;
             const float *first = weight + head * stride + t;
-            size_t positions = min_size(kv_len - t, KEY_BLOCK);
+            size_t n = min_size(kv_len - t, KEY_BLOCK);
             switch (min_size(heads - head, TOGETHER)) {
-            case 1: NAME(mix_block)(to, first, stride, 1, head_size, values, positions); break;
-            case 2: NAME(mix_block)(to, first, stride, 2, head_size, values, positions); break;
-            case 3: NAME(mix_block)(to, first, stride, 3, head_size, values, positions); break;
-            case 4: NAME(mix_block)(to, first, stride, 4, head_size, values, positions); break;
+            case 1: NAME(mix_block)(to, first, stride, 1, head_size, values, n, ahead); break;
+            case 2: NAME(mix_block)(to, first, stride, 2, head_size, values, n, ahead); break;
+            case 3: NAME(mix_block)(to, first, stride, 3, head_size, values, n, ahead); break;
+            case 4: NAME(mix_block)(to, first, stride, 4, head_size, values, n, ahead); break;
             }
         }
 }

@@ -224,6 +224,7 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
 // two chunks.
 static void check_attention(const Kernels *kernels, int heads, int head_size, int times) {
     const int piece = random_below(times / KEY_BLOCK + 1) * KEY_BLOCK;
+    const size_t ahead = 1024 * (size_t)random_below(2);
     size_t hs = (size_t)head_size;
     size_t stride = ((size_t)times + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK;
     float *q = random_floats((size_t)heads * hs, -2, 2);
@@ -237,11 +238,11 @@ static void check_attention(const Kernels *kernels, int heads, int head_size, in
         for (size_t i = 0; i < hs; i++)
             keys[t / KEY_BLOCK * KEY_BLOCK * hs + i * KEY_BLOCK + t % KEY_BLOCK] = k[t * hs + i];
     float *later_keys = keys + (size_t)piece * hs, *later_values = values + (size_t)piece * hs;
-    kernels->score(att, stride, q, heads, head_size, keys, piece);
-    kernels->score(att + piece, stride, q, heads, head_size, later_keys, times - piece);
+    kernels->score(att, stride, q, heads, head_size, keys, piece, ahead);
+    kernels->score(att + piece, stride, q, heads, head_size, later_keys, times - piece, ahead);
     kernels->softmax(att, stride, heads, times);
-    kernels->mix(out, att, stride, heads, head_size, values, piece);
-    kernels->mix(out, att + piece, stride, heads, head_size, later_values, times - piece);
+    kernels->mix(out, att, stride, heads, head_size, values, piece, ahead);
+    kernels->mix(out, att + piece, stride, heads, head_size, later_values, times - piece, ahead);
     for (size_t head = 0; head < (size_t)heads; head++) {
         oracle_attention(expected, q + head * hs, k, hs, values, hs, times, head_size, weights);
         expect_same("score and softmax", att + head * stride, weights, (size_t)times * 4);
