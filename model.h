@@ -2258,17 +2258,18 @@ INLINE void NAME(multiply_panels)(float *out, const QuantizedTensor *w, size_t r
     }
 }
 
-// Few tokens take the time of reading the weights, from all streams at once. Many go over the
-// weights of a tile again and again, so these must stay in the L1 cache: as few panels as fill the
-// registers.
+// With few tokens, most of the time goes into reading the weights: all streams at once. Many tokens
+// go over the weights of a tile again and again, so these must stay in the L1 cache: then a tile
+// has only the panels that are multiplied together. (With STREAMS panels a prompt of 128 tokens
+// takes 1.05 of the time, a pass of 32 the same; AVX2.)
 KERNEL void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, Range rows,
                               const QuantizedActivations *x, size_t n) {
-    const size_t few = NAME(joint_panels)(STREAMS, TILE_TOKENS);
+    const size_t joint = NAME(joint_panels)(STREAMS, TILE_TOKENS);
     size_t row = rows.first;
     for (; n <= 32 && row + STREAMS * PANEL_ROWS <= rows.last; row += STREAMS * PANEL_ROWS)
         NAME(multiply_panels)(out, w, row, STREAMS, x, n);
-    for (; row + few * PANEL_ROWS <= rows.last; row += few * PANEL_ROWS)
-        NAME(multiply_panels)(out, w, row, few, x, n);
+    for (; row + joint * PANEL_ROWS <= rows.last; row += joint * PANEL_ROWS)
+        NAME(multiply_panels)(out, w, row, joint, x, n);
     for (; row < rows.last; row += PANEL_ROWS) NAME(multiply_panels)(out, w, row, 1, x, n);
 }
 
