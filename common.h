@@ -421,6 +421,7 @@ static inline int serve_stdin(Answer *answer, Session *session) {
 // Answers the prompts of the command line; if there are none, those of main or else of stdin.
 // Returns 0, or -1 if the session ended before all were answered.
 static inline int serve(Answer *answer, Session *session, char **prompts, int count) {
+    signal(SIGXFSZ, SIG_IGN); // output at its size limit is an error of write(2), which is reported
     if (count == 0 && is_child_of_front_end()) return serve_front_end(answer, session);
     if (count == 0) return serve_stdin(answer, session);
     for (int i = 0; i < count; i++) {

@@ -2028,7 +2028,7 @@ INLINE floats NAME(times_number)(floats v, const float *number) {
 
 // Heads that share keys and values go together, as many as have room for their sums in registers.
 #define MAX_TOGETHER 4
-#define LINE 16 // floats of a cache line
+#define LINE_FLOATS 16 // of a cache line
 
 // Scores of a block of positions.
 INLINE void NAME(score_block)(float *out, size_t stride, const float *q, const size_t heads,
@@ -2040,7 +2040,7 @@ INLINE void NAME(score_block)(float *out, size_t stride, const float *q, const s
         for (int v = 0; v < VECTORS; v++) sum[head][v] = (floats){0};
     for (size_t i = 0; i < head_size; i++, keys += KEY_BLOCK)
         for (int v = 0; v < VECTORS; v++) {
-            if (v * LANES % LINE == 0) __builtin_prefetch(keys + v * LANES + ahead, 0, 2);
+            if (v * LANES % LINE_FLOATS == 0) __builtin_prefetch(keys + v * LANES + ahead, 0, 2);
             floats k = LOAD(volatile floats, keys + v * LANES); // once for all heads
             for (size_t head = 0; head < heads; head++)
                 sum[head][v] = sum[head][v] + NAME(times_number)(k, &q[head * head_size + i]);
@@ -2079,7 +2079,7 @@ INLINE void NAME(mix_vectors)(float *out, const float *weight, size_t stride, co
             sum[head][v] = LOAD(floats, out + head * head_size + v * LANES);
     for (size_t t = 0; t < kv_len; t++, values += head_size)
         for (size_t v = 0; v < vectors; v++) {
-            if (v * LANES % LINE == 0) __builtin_prefetch(values + v * LANES + ahead, 0, 2);
+            if (v * LANES % LINE_FLOATS == 0) __builtin_prefetch(values + v * LANES + ahead, 0, 2);
             floats value = LOAD(floats, values + v * LANES);
             for (size_t head = 0; head < heads; head++)
                 sum[head][v] = sum[head][v] + NAME(times_number)(value, &weight[head * stride + t]);

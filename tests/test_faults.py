@@ -143,6 +143,13 @@ class FailureTest(SessionTestCase):
                                   prepare=small_disk)
         self.assert_one_line(session, "Cannot write the output: File too large")
 
+        def no_disk():
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+            os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
+        session = self.run_to_end(INFERENCE, "-d", TINY, 42, "Tell me a story.", prepare=no_disk)
+        self.assert_one_line(session, "Cannot write the output: File too large")
+
         def full_disk():
             os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
         session = self.run_to_end(INFERENCE, "-d", TINY, 42, "x" * 5000, prepare=full_disk)
