@@ -476,7 +476,8 @@ static int start_engine(Child *child, const Options *options, const Inherited *b
     bool wanted = options->policy_given || options->nice_given;
     bool refused = options->attributes.policy != SCHED_DEADLINE &&
                    set_policy(child->pid, &options->attributes) < 0 && wanted;
-    bool started = !refused && write(start[1], "", 1) == 1;
+    // EPIPE: the child has died, after reporting why; SIGCHLD will report its end.
+    bool started = !refused && (write(start[1], "", 1) == 1 || errno == EPIPE);
     if (refused) report_policy_error(&options->attributes, errno);
     else if (!started) report_error("Cannot start the engine: %s.", strerror(errno));
     close(start[1]); // a child without its byte reads the end of the start pipe and exits
