@@ -27,7 +27,7 @@ LOG_LINE = re.compile(
     rb"\[pid\] (N) \[tcomm\] \((.*)\) \[state\] (\S) \[policy\] (\S+) \[nice\] (-?N) "
     rb"\[vsize\] (N) \[task_cpu\] (N) \[utime\] (N) \[stime\] (N) \[cpu%\] (N\.N)%\s*$"
     .replace(b"N", rb"\d{1,20}"))
-LINE_LIMIT = 4096  # bytes; a longer line is no sample
+LINE_LIMIT = 4096  # bytes; a longer line, which is garbage, is read in parts
 # The fields of a line, and by how many seconds utime + stime have grown since the line before.
 Sample = namedtuple("Sample", "pid tcomm state policy nice vsize task_cpu utime stime cpu growth")
 INTERVAL = 0.3  # seconds between two samples; a reply shorter than this has one shorter sample

@@ -179,6 +179,7 @@ typedef struct {
 
     // out[head][i] = out[head][i] + weight[head * stride + t] * value[t][i] for each t < kv_len in
     // order, i < head_size, for the `heads` of out[heads][head_size], which share the values.
+    // Prefetches the values likewise.
     void (*mix)(float *out, const float *weight, size_t stride, size_t heads, size_t head_size,
                 const float *values, size_t kv_len, size_t ahead);
 
@@ -305,9 +306,9 @@ static const Kernels *choose_kernels(void) {
     return NULL;
 }
 
-// Returns how many floats ahead attention prefetches keys and values. 4 KB make a token near
-// position 1000 take 0.93 of its time on an Intel Xeon (Emerald Rapids), 0.98 on an AMD Zen 3, and
-// more than 1 on a Zen 4.
+// Returns how many floats ahead attention prefetches keys and values; 0 is what it loads anyway. In
+// an earlier version 4 KB made a token near position 1000 take 0.93 of its time on an Intel Xeon
+// with AVX-512, and more than 1 on an AMD Zen 4. On a Zen 3 they make no difference (0.99).
 static size_t choose_kv_ahead(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();

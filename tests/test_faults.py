@@ -43,12 +43,18 @@ class FailureTest(SessionTestCase):
         for word in words:
             self.assertIn(word, errors[0])
 
+    def assert_reported(self, name, *words):
+        """With this call failing, main ends by itself with one line. Returns the session."""
+        session = self.start(MAIN, "-d", TINY, 42, env=with_fault(name))
+        session.status = session.finish()
+        self.assert_one_line(session, *words)
+        return session
+
     def test_a_failure_between_fork_and_exec_is_reported(self):
         """The child cannot become the engine: it reports the cause, exits, and main exits, too."""
         for name in ("setenv", "dup2", "start"):
             with self.subTest(name):
-                session = self.run_to_end(MAIN, "-d", TINY, 42, env=with_fault(name))
-                self.assert_one_line(session, "Cannot prepare the engine's process")
+                session = self.assert_reported(name, "Cannot prepare the engine's process")
                 self.assertIn("Child exited with 1\n", session.text)
 
     def test_a_wait_that_fails_is_reported(self):
@@ -56,22 +62,16 @@ class FailureTest(SessionTestCase):
         the engine and exits."""
         for name in ("ppoll", "signalfd"):
             with self.subTest(name):
-                session = self.start(MAIN, "-d", TINY, 42, env=with_fault(name))
-                session.status = session.finish()
-                self.assert_one_line(session, "Cannot wait for the engine")
+                self.assert_reported(name, "Cannot wait for the engine")
 
     def test_signals_that_cannot_be_blocked_are_reported(self):
         """Nothing is started then."""
-        session = self.start(MAIN, "-d", TINY, 42, env=with_fault("sigprocmask"))
-        session.status = session.finish()
-        self.assert_one_line(session, "Cannot block signals")
+        session = self.assert_reported("sigprocmask", "Cannot block signals")
         self.assertEqual(session.text, "")
 
     def test_a_return_pipe_that_cannot_be_read_is_reported(self):
         """The engine is asked to exit, since none of its bytes would be seen."""
-        session = self.chat(42, env=with_fault("returns"))
-        session.status = session.finish()
-        self.assert_one_line(session, "Cannot read the return pipe")
+        self.assert_reported("returns", "Cannot read the return pipe")
 
     def test_an_engine_that_cannot_be_signalled(self):
         """main reports it and exits, and the kernel kills the engine."""
@@ -86,9 +86,7 @@ class FailureTest(SessionTestCase):
 
     def test_an_engine_that_cannot_wait_for_a_prompt(self):
         """It exits, and so does main."""
-        session = self.chat(42, env=with_fault("sigwaitinfo"))
-        session.status = session.finish()
-        self.assert_one_line(session, "Cannot wait for a prompt")
+        session = self.assert_reported("sigwaitinfo", "Cannot wait for a prompt")
         self.assertIn("Child exited with 1\n", session.text)
 
     def test_a_failing_waitpid_is_reported(self):
@@ -120,9 +118,7 @@ class FailureTest(SessionTestCase):
 
     def test_a_byte_that_cannot_be_returned_is_reported(self):
         """The engine exits if it cannot report that it is ready; main would wait for it."""
-        session = self.start(MAIN, "-d", TINY, 42, env=with_fault("byte"))
-        session.status = session.finish()
-        self.assert_one_line(session, "return pipe")
+        session = self.assert_reported("byte", "return pipe")
         self.assertIn("Child exited with 1\n", session.text)
 
     def test_a_read_error_is_reported(self):
