@@ -58,8 +58,7 @@
 //
 // model.bin is llama2.c's int8 "version 2", little endian:
 //
-//   header   256 bytes: uint32 magic, int32 version, the seven int32 of Config,
-//            uint8 shared_classifier, int32 group_size (unaligned, at 37), zeros
+//   header   256 bytes: see Header
 //   float32  rms_att_weight[layer][dim], rms_ffn_weight[layer][dim], rms_final_weight[dim]
 //   tensors  embedding[vocab][dim]; wq of every layer, then wk of every layer, wv, wo, w1, w2, w3;
 //            the classifier[vocab][dim] unless it shares the embedding's weights
@@ -69,8 +68,16 @@
 
 #define MODEL_MAGIC 0x616b3432
 #define MODEL_VERSION 2
-#define HEADER_SIZE 256
 #define GROUP 64 // weights or activations that share a scale
+
+typedef struct __attribute__((packed)) {
+    uint32_t magic;
+    int32_t version;
+    int32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len;
+    uint8_t shared_classifier; // 0: the classifier has weights of its own
+    int32_t group_size;        // not aligned
+    uint8_t zeros[215];        // up to 256 bytes
+} Header;
 
 // Limits on a hostile header; within them no size below can overflow.
 #define MAX_WIDTH 32768 // of dim and hidden_dim
@@ -79,9 +86,8 @@
 #define MAX_SEQ_LEN (1 << 20)
 
 typedef struct {
-    int dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len; // as in the file
-    int head_size;                                                           // dim / n_heads
-    int kv_dim; // n_kv_heads * head_size
+    int dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len; // of the header
+    int head_size, kv_dim; // dim / n_heads, n_kv_heads * head_size
 } Config;
 
 // What the kernels read: PANEL_ROWS rows of a group, 4 columns of all rows side by side, so that
@@ -94,22 +100,31 @@ typedef struct {
     float s[PANEL_ROWS];
 } Panel;
 
-// The rows of panels of a tensor belong to the streams 0, 1, 2, 3, 0 ... Each stream holds its
-// panels of all tensors in the order in which a pass reads them. A kernel that takes STREAMS panels
-// at a time reads memory in STREAMS long runs; with a single one, decoding takes 1.25 times as long
-// (Zen 3, AVX2).
+// The panels of a tensor lie in STREAMS parts, one behind the other, and its rows of panels belong
+// to the parts 0, 1, 2, 3, 0 ... So a kernel that takes STREAMS panels at a time reads memory in
+// STREAMS runs, each in the order of the addresses; with a single one, decoding takes 1.25 times as
+// long (Zen 3, AVX2).
 #define STREAMS 4
+#define ROWS_PER_PIECE (STREAMS * PANEL_ROWS) // of a matrix, what a worker claims at a time
 
 typedef struct {
     size_t rows, cols;
-    Panel *panels[STREAMS]; // see panels_of()
+    Panel *panels; // [STREAMS][rows / ROWS_PER_PIECE, rounded up][cols / GROUP]
 } QuantizedTensor;
+
+static size_t count_pieces(size_t rows) { return (rows + ROWS_PER_PIECE - 1) / ROWS_PER_PIECE; }
 
 // Returns the panels [cols / GROUP] that hold a row. Rows beyond the last are zero.
 static Panel *panels_of(const QuantizedTensor *w, size_t row) {
-    size_t number = row / PANEL_ROWS;
-    return w->panels[number % STREAMS] + number / STREAMS * (w->cols / GROUP);
+    size_t number = row / PANEL_ROWS, stream = number % STREAMS;
+    return w->panels + (stream * count_pieces(w->rows) + number / STREAMS) * (w->cols / GROUP);
 }
+
+// Memory that is reserved as a whole, see reserve_memory().
+typedef struct {
+    char *start;
+    size_t size; // bytes
+} Memory;
 
 // Matrices that have the same input are one tensor.
 typedef struct {
@@ -121,20 +136,19 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    QuantizedTensor embedding, own_classifier; // [vocab_size][dim]
-    const QuantizedTensor *classifier;         // one of the two
-    float *norms;                              // all the float32 weights, as in the file
-    const float *rms_final_weight;             // [dim]
-    Layer *layers;                             // [n_layers]
+    QuantizedTensor embedding, classifier; // [vocab_size][dim], may share their panels
+    float *norms;                          // all the float32 weights, as in the file
+    const float *rms_final_weight;         // [dim]
+    Layer *layers;                         // [n_layers]
+    Memory memory;                         // holds all of them but the layers
 } Weights;
 
 // The input of a matrix, quantized per group of 64 like the weights.
 typedef struct {
-    size_t width;        // values per token
-    int8_t *q;           // [token][width], -127..127
-    int16_t *even, *odd; // [token][width / 2], the even and the odd columns of q
-    float *s;            // [token][width / GROUP]
-    int32_t *sum;        // [token][width / GROUP], 128 * the sum of the group's q
+    size_t width; // values per token
+    int8_t *q;    // [token][width], -127..127
+    float *s;     // [token][width / GROUP]
+    int32_t *sum; // [token][width / GROUP], 128 * the sum of the group's q
 } QuantizedActivations;
 
 typedef struct {
@@ -183,16 +197,16 @@ typedef struct {
     void (*mix)(float *out, const float *weight, size_t stride, size_t heads, size_t head_size,
                 const float *values, size_t kv_len, size_t ahead);
 
-    // Softmax of rows of n >= 1 numbers, `stride` apart, in place: x - maximum, exp, the sum in
-    // index order, each divided by the sum.
-    void (*softmax)(float *x, size_t stride, size_t rows, size_t n);
+    // Softmax of n >= 1 numbers in place: x - maximum, exp, the sum in index order, each divided by
+    // the sum.
+    void (*softmax)(float *x, size_t n);
 
-    // out[i] = silu(gate[i]) * up[i], silu(h) = h * (1 / (1 + exp(-h)))
+    // out[i] = silu(gate[i]) * up[i], silu(h) = h * (1 / (1 + exp(-h))); n is a multiple of 8
     void (*swiglu)(float *out, const float *gate, const float *up, size_t n);
 
     // x[i] = e to the power of x[i] - shift, by the definition of section 8, not by libm's expf.
-    // The two above take the same exponential; it is here for the tests.
-    void (*exp_minus)(float *x, size_t n, float shift);
+    // Returns the sum in index order. A part of softmax; in the table for the tests.
+    float (*exp_minus)(float *x, size_t n, float shift);
 } Kernels;
 
 // 2^(i/32) for exp_minus(); see section 9.
@@ -203,10 +217,9 @@ static const uint64_t exp_table[32];
 //   ISA                its name
 //   LANES              floats of a vector register; with 8 AVX2 is used, with 16 AVX-512
 //   TARGET             the attribute of its functions
-// and the widest integer dot product of the instruction set, if it has any:
-//   DOT4(sum, w, x)    to each lane of sum, adds the products of 4 bytes of w and of x
+//   DOT4(sum, w, x)    to each lane of sum, adds the products of 4 bytes of w and of x, if the
+//                      instruction set has an integer dot product
 //   UNSIGNED_WEIGHTS   1 if DOT4 takes the bytes of w as unsigned
-//   DOT2(w, x)         in each lane, the sum of the products of 2 numbers of 16 bits
 #define ISA portable
 #define LANES 4
 #define TARGET
@@ -216,7 +229,14 @@ static const uint64_t exp_table[32];
 #define ISA avx2
 #define LANES 8
 #define TARGET __attribute__((target("avx2")))
-#define DOT2(w, x) _mm256_madd_epi16((__m256i)(w), (__m256i)(x))
+// The product of bytes takes one of them as unsigned: w * x = |w| * (x with the sign of w). The sum
+// of two products fits into 16 bits: 2 * 128 * 127.
+TARGET static inline __m256i add_dot4_avx2(__m256i sum, __m256i w, __m256i x) {
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#define DOT4(sum, w, x) add_dot4_avx2((__m256i)(sum), (__m256i)(w), (__m256i)(x))
+#define UNSIGNED_WEIGHTS 0
 #include "model.h"
 
 #define ISA avx512
@@ -246,11 +266,11 @@ static const uint64_t exp_table[32];
 #define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
 #endif
 // vdotq_s32(), which clang before 16 only has if the whole file is for such processors
-TARGET static inline int32x4_t add_dot4(int32x4_t sum, int8x16_t w, int8x16_t x) {
+TARGET static inline int32x4_t add_dot4_sdot(int32x4_t sum, int8x16_t w, int8x16_t x) {
     __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(x));
     return sum;
 }
-#define DOT4(sum, w, x) add_dot4((int32x4_t)(sum), (int8x16_t)(w), (int8x16_t)(x))
+#define DOT4(sum, w, x) add_dot4_sdot((int32x4_t)(sum), (int8x16_t)(w), (int8x16_t)(x))
 #define UNSIGNED_WEIGHTS 0
 #include "model.h"
 #endif
@@ -322,7 +342,6 @@ static size_t choose_kv_ahead(void) {
 
 #define MAX_BATCH 128 // tokens of one pass: their activations stay in the L2 cache
 #define NORM_ROWS 4   // rows that rmsnorm() sums side by side
-#define ROWS_PER_PIECE (STREAMS * PANEL_ROWS) // of a matrix, what a worker claims at a time
 
 // What a pass works on. "Own" is memory of one worker that no other touches.
 typedef struct {
@@ -340,10 +359,8 @@ typedef struct {
     float *att[MAX_THREADS];               // [n_heads][max_kv_len]
     float *frequency;                      // [head_size / 2], radians per position
     float *kv_cache;                       // see kv_chunk()
-    size_t kv_cache_size;                  // bytes
     size_t max_kv_len;                     // positions that the KV cache has room for
-    void *memory;                          // holds all of them
-    size_t size;                           // bytes
+    Memory memory;                         // holds all of them
 } State;
 
 typedef struct {
@@ -351,9 +368,7 @@ typedef struct {
     Weights weights;
     State state;
     const Kernels *kernels;
-    size_t kv_ahead;    // floats that attention prefetches ahead in the KV cache
-    Panel *panels;      // of all tensors, in the order in which a pass reads them
-    size_t panels_size; // bytes
+    size_t kv_ahead; // floats that attention prefetches ahead in the KV cache
 } Transformer;
 
 // Reports what is wrong with one of the two files, and what to do. Returns -1.
@@ -417,31 +432,19 @@ static void read_bytes(ModelFile *file, void *to, size_t size) {
 // line on stderr.
 static int read_header(Config *c, bool *shared_classifier, ModelFile *file) {
     const char *path = file->path;
-    char header[HEADER_SIZE];
-    uint32_t magic;
-    int32_t version, group_size, fields[7];
-    if (file->size < HEADER_SIZE)
+    Header h;
+    if (file->size < sizeof(h))
         return refuse_file(path, "too short (%zu bytes) for a model", file->size);
-    read_bytes(file, header, HEADER_SIZE);
+    read_bytes(file, &h, sizeof(h));
     if (file->failed) return -1;
-    memcpy(&magic, header, 4);
-    memcpy(&version, header + 4, 4);
-    memcpy(fields, header + 8, sizeof(fields));
-    memcpy(&group_size, header + 37, 4);
-    *shared_classifier = header[36] != 0;
-    if (magic != MODEL_MAGIC) return refuse_file(path, "not a model (the magic number is wrong)");
-    if (version != MODEL_VERSION)
-        return refuse_file(path, "version %d of the format, but expected is 2 (int8)",
-                           (int)version);
-    if (group_size != GROUP)
-        return refuse_file(path, "groups of %d weights, but expected are 64", (int)group_size);
-    *c = (Config){.dim = fields[0],
-                  .hidden_dim = fields[1],
-                  .n_layers = fields[2],
-                  .n_heads = fields[3],
-                  .n_kv_heads = fields[4],
-                  .vocab_size = fields[5],
-                  .seq_len = fields[6]};
+    if (h.magic != MODEL_MAGIC) return refuse_file(path, "not a model (the magic number is wrong)");
+    if (h.version != MODEL_VERSION)
+        return refuse_file(path, "version %d of the format, but expected is 2 (int8)", h.version);
+    if (h.group_size != GROUP)
+        return refuse_file(path, "groups of %d weights, but expected are 64", h.group_size);
+    *shared_classifier = h.shared_classifier != 0;
+    *c = (Config){h.dim,        h.hidden_dim, h.n_layers, h.n_heads, h.n_kv_heads,
+                  h.vocab_size, h.seq_len,    0,          0};
     if (c->dim < GROUP || c->dim > MAX_WIDTH || c->dim % GROUP != 0 || c->hidden_dim < GROUP ||
         c->hidden_dim > MAX_WIDTH || c->hidden_dim % GROUP != 0)
         return refuse_file(path,
@@ -471,36 +474,51 @@ static size_t expected_file_size(const Config *c, bool shared_classifier) {
     size_t dim = c->dim, hidden_dim = c->hidden_dim, kv_dim = c->kv_dim, vocab_size = c->vocab_size;
     size_t layer = 2 * dim * dim + 2 * kv_dim * dim + 3 * hidden_dim * dim;
     size_t weights = vocab_size * dim * (shared_classifier ? 1 : 2) + c->n_layers * layer;
-    return HEADER_SIZE + count_norms(c) * sizeof(float) + weights + weights / GROUP * sizeof(float);
+    return sizeof(Header) + count_norms(c) * sizeof(float) + weights +
+           weights / GROUP * sizeof(float);
 }
 
-// Sets the shape of a tensor and its place in the streams, of which used[i] panels are occupied,
-// and adds its own panels to them. If `streams` is NULL, it only counts.
-static void place_tensor(QuantizedTensor *w, size_t rows, size_t cols, Panel *streams[STREAMS],
-                         size_t used[STREAMS]) {
-    size_t panel_rows = (rows + PANEL_ROWS - 1) / PANEL_ROWS;
-    *w = (QuantizedTensor){.rows = rows, .cols = cols};
-    for (size_t i = 0; i < STREAMS; i++) {
-        if (streams) w->panels[i] = streams[i] + used[i];
-        used[i] += (panel_rows + STREAMS - 1 - i) / STREAMS * (cols / GROUP);
-    }
+// Reserves memory of the size that a layout has added up, and makes it empty for the second round.
+// It reads as zero. Returns 0, or -1 after reporting that there is not enough. The flags are
+// mmap(2)'s: MAP_NORESERVE for memory most of which is never written or resident.
+static int reserve_memory(Memory *memory, const char *path, const char *what, int flags) {
+    flags |= MAP_PRIVATE | MAP_ANONYMOUS;
+    void *start = mmap(NULL, memory->size, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (start == MAP_FAILED) return refuse_for_memory(path, what, memory->size);
+    *memory = (Memory){.start = start};
+    return 0;
 }
 
-// Places all tensors in the order in which a pass reads them.
-static void place_tensors(Weights *w, const Config *c, bool shared_classifier,
-                          Panel *streams[STREAMS], size_t used[STREAMS]) {
+// Takes the next 64-byte aligned piece of some memory: `count` items of `size` bytes. A layout runs
+// twice: before reserve_memory() it only adds up the sizes, and the pieces are NULL.
+static void *take_memory(Memory *memory, size_t count, size_t size) {
+    void *piece = memory->start ? memory->start + memory->size : NULL;
+    memory->size += (count * size + 63) & ~(size_t)63;
+    return piece;
+}
+
+static void release_memory(Memory *memory) {
+    if (memory->start) munmap(memory->start, memory->size);
+}
+
+static QuantizedTensor take_tensor(Memory *memory, size_t rows, size_t cols) {
+    size_t panels = STREAMS * count_pieces(rows) * (cols / GROUP);
+    return (QuantizedTensor){rows, cols, take_memory(memory, panels, sizeof(Panel))};
+}
+
+// Lays out the weights in the order in which a pass reads them.
+static void lay_out_weights(Weights *w, const Config *c, bool shared_classifier) {
+    Memory *memory = &w->memory;
     size_t dim = c->dim, kv_dim = c->kv_dim, hidden_dim = c->hidden_dim;
     for (Layer *l = w->layers; l < w->layers + c->n_layers; l++) {
-        place_tensor(&l->wqkv, dim + 2 * kv_dim, dim, streams, used);
-        place_tensor(&l->wo, dim, dim, streams, used);
-        place_tensor(&l->w13, 2 * hidden_dim, dim, streams, used);
-        place_tensor(&l->w2, dim, hidden_dim, streams, used);
+        l->wqkv = take_tensor(memory, dim + 2 * kv_dim, dim);
+        l->wo = take_tensor(memory, dim, dim);
+        l->w13 = take_tensor(memory, 2 * hidden_dim, dim);
+        l->w2 = take_tensor(memory, dim, hidden_dim);
     }
-    place_tensor(&w->embedding, c->vocab_size, dim, streams, used);
-    w->classifier = &w->embedding;
-    if (shared_classifier) return;
-    place_tensor(&w->own_classifier, c->vocab_size, dim, streams, used);
-    w->classifier = &w->own_classifier;
+    w->embedding = take_tensor(memory, c->vocab_size, dim);
+    w->classifier = shared_classifier ? w->embedding : take_tensor(memory, c->vocab_size, dim);
+    w->norms = take_memory(memory, count_norms(c), sizeof(float));
 }
 
 // Reads a tensor of `rows` rows from the file into w: row r becomes row
@@ -545,39 +563,20 @@ static void read_weights(ModelFile *file, Weights *w, const Config *c) {
     for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->w2, 0, 0, dim);
     for (Layer *l = w->layers; l < end; l++)
         read_tensor(file, &l->w13, PANEL_ROWS, PANEL_ROWS, hidden_dim);
-    if (w->classifier != &w->embedding) read_tensor(file, &w->own_classifier, 0, 0, c->vocab_size);
+    if (w->classifier.panels != w->embedding.panels)
+        read_tensor(file, &w->classifier, 0, 0, c->vocab_size);
 }
 
-// Returns fresh memory, which reads as zero; NULL, after reporting it, if there is not enough. The
-// flags are mmap(2)'s: MAP_NORESERVE for memory most of which is never written or resident.
-static void *get_memory(const char *path, const char *what, size_t size, int flags) {
-    void *memory =
-        mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
-    if (memory == MAP_FAILED) {
-        refuse_for_memory(path, what, size);
-        return NULL;
-    }
-    return memory;
+static float *take_floats(Memory *memory, size_t count) {
+    return take_memory(memory, count, sizeof(float));
 }
 
-// Returns the next 64-byte aligned piece of the state's memory; without memory it only adds up the
-// sizes.
-static void *take_memory(State *s, size_t count, size_t size) {
-    void *here = s->memory ? (char *)s->memory + s->size : NULL;
-    s->size += (count * size + 63) & ~(size_t)63;
-    return here;
-}
-
-static float *take_floats(State *s, size_t count) { return take_memory(s, count, sizeof(float)); }
-
-static QuantizedActivations take_activations(State *s, size_t tokens, size_t width) {
+static QuantizedActivations take_activations(Memory *memory, size_t tokens, size_t width) {
     return (QuantizedActivations){
         .width = width,
-        .q = take_memory(s, tokens * width, 1),
-        .even = take_memory(s, tokens * width / 2, sizeof(int16_t)),
-        .odd = take_memory(s, tokens * width / 2, sizeof(int16_t)),
-        .s = take_floats(s, tokens * width / GROUP),
-        .sum = take_memory(s, tokens * width / GROUP, sizeof(int32_t)),
+        .q = take_memory(memory, tokens * width, 1),
+        .s = take_floats(memory, tokens * width / GROUP),
+        .sum = take_memory(memory, tokens * width / GROUP, sizeof(int32_t)),
     };
 }
 
@@ -601,35 +600,34 @@ static KvChunk kv_chunk(const State *s, const Config *c, size_t layer, size_t kv
 }
 
 static void lay_out_state(State *s, const Config *c) {
+    Memory *memory = &s->memory;
     size_t dim = c->dim, hidden_dim = c->hidden_dim, kv_dim = c->kv_dim;
     size_t widest = dim > hidden_dim ? dim : hidden_dim;
-    s->size = 0;
     s->max_kv_len = ((size_t)c->seq_len + CHUNK - 1) / CHUNK * CHUNK;
-    s->kv_cache = take_floats(s, s->max_kv_len * 2 * kv_dim * c->n_layers);
-    s->kv_cache_size = s->size;
-    s->x = take_floats(s, MAX_BATCH * dim);
-    s->qkv = take_floats(s, MAX_BATCH * (dim + 2 * kv_dim));
-    s->xb = take_floats(s, MAX_BATCH * dim);
-    s->xb2 = take_floats(s, MAX_BATCH * dim);
-    s->gate_up = take_floats(s, MAX_BATCH * 2 * hidden_dim);
-    s->hb = take_floats(s, MAX_BATCH * hidden_dim);
-    s->rope = take_floats(s, MAX_BATCH * (size_t)c->head_size);
-    s->frequency = take_floats(s, (size_t)c->head_size / 2);
-    s->shared = take_activations(s, MAX_BATCH, widest);
+    s->kv_cache = take_floats(memory, s->max_kv_len * 2 * kv_dim * c->n_layers);
+    s->x = take_floats(memory, MAX_BATCH * dim);
+    s->qkv = take_floats(memory, MAX_BATCH * (dim + 2 * kv_dim));
+    s->xb = take_floats(memory, MAX_BATCH * dim);
+    s->xb2 = take_floats(memory, MAX_BATCH * dim);
+    s->gate_up = take_floats(memory, MAX_BATCH * 2 * hidden_dim);
+    s->hb = take_floats(memory, MAX_BATCH * hidden_dim);
+    s->rope = take_floats(memory, MAX_BATCH * (size_t)c->head_size);
+    s->frequency = take_floats(memory, (size_t)c->head_size / 2);
+    s->shared = take_activations(memory, MAX_BATCH, widest);
     for (int worker = 0; worker < MAX_THREADS; worker++) {
-        s->own[worker] = take_activations(s, 1, widest);
-        s->normed[worker] = take_floats(s, NORM_ROWS * dim);
-        s->att[worker] = take_floats(s, c->n_heads * s->max_kv_len);
+        s->own[worker] = take_activations(memory, 1, widest);
+        s->normed[worker] = take_floats(memory, NORM_ROWS * dim);
+        s->att[worker] = take_floats(memory, c->n_heads * s->max_kv_len);
     }
-    s->logits = take_floats(s, MAX_BATCH * (size_t)c->vocab_size);
+    s->logits = take_floats(memory, MAX_BATCH * (size_t)c->vocab_size);
 }
 
 // Returns 0, or -1 after reporting that there is not enough memory.
 static int build_state(State *s, const Config *c, const char *path) {
     lay_out_state(s, c);
-    if ((s->memory = get_memory(path, "computing", s->size, MAP_NORESERVE)) == NULL) return -1;
+    if (reserve_memory(&s->memory, path, "computing", MAP_NORESERVE) < 0) return -1;
     lay_out_state(s, c);
-    madvise(s->kv_cache, s->kv_cache_size, MADV_HUGEPAGE);
+    madvise(s->kv_cache, (size_t)((char *)s->x - (char *)s->kv_cache), MADV_HUGEPAGE);
     // RoPE's frequencies. libm's pow, like its cos and sin below, is taken in double and rounded
     // once: its float functions differ between machines.
     for (int i = 0; i < c->head_size / 2; i++)
@@ -637,36 +635,25 @@ static int build_state(State *s, const Config *c, const char *path) {
     return 0;
 }
 
-static void free_transformer(Transformer *t) {
-    free(t->weights.layers);
-    free(t->weights.norms);
-    if (t->state.memory) munmap(t->state.memory, t->state.size);
-    if (t->panels) munmap(t->panels, t->panels_size);
-    *t = (Transformer){0};
-}
-
 // Gets memory for the weights and reads them. Returns 0, or -1 after one line on stderr.
-static int build_weights(Transformer *t, bool shared_classifier, ModelFile *file) {
-    Weights *w = &t->weights;
-    const Config *c = &t->config;
-    size_t layers_size = c->n_layers * sizeof(Layer), norms_size = count_norms(c) * sizeof(float);
-    w->layers = calloc(1, layers_size);
-    w->norms = malloc(norms_size);
-    if (w->layers == NULL || w->norms == NULL)
-        return refuse_for_memory(file->path, "its layers", layers_size + norms_size);
-    Panel *streams[STREAMS] = {NULL};
-    size_t count[STREAMS] = {0}, used[STREAMS] = {0}, all = 0;
-    place_tensors(w, c, shared_classifier, NULL, count);
-    for (size_t i = 0; i < STREAMS; i++) all += count[i];
-    t->panels_size = all * sizeof(Panel);
-    t->panels = get_memory(file->path, "its weights", t->panels_size, 0);
-    if (t->panels == NULL) return -1;
+static int build_weights(Weights *w, const Config *c, bool shared_classifier, ModelFile *file) {
+    w->layers = calloc((size_t)c->n_layers, sizeof(Layer));
+    if (w->layers == NULL)
+        return refuse_for_memory(file->path, "its layers", c->n_layers * sizeof(Layer));
+    lay_out_weights(w, c, shared_classifier);
+    if (reserve_memory(&w->memory, file->path, "its weights", 0) < 0) return -1;
+    lay_out_weights(w, c, shared_classifier);
     // Huge pages, if the kernel has some: the processor's prefetching stops at the end of a page.
-    madvise(t->panels, t->panels_size, MADV_HUGEPAGE);
-    for (size_t i = 0; i < STREAMS; i++) streams[i] = i ? streams[i - 1] + count[i - 1] : t->panels;
-    place_tensors(w, c, shared_classifier, streams, used);
+    madvise(w->memory.start, w->memory.size, MADV_HUGEPAGE);
     read_weights(file, w, c);
     return file->failed ? -1 : 0;
+}
+
+static void free_transformer(Transformer *t) {
+    free(t->weights.layers);
+    release_memory(&t->weights.memory);
+    release_memory(&t->state.memory);
+    *t = (Transformer){0};
 }
 
 // Loads a model: checks the file and packs its weights into panels. The file is not needed
@@ -683,7 +670,7 @@ static int build_transformer(Transformer *t, const char *path) {
             result =
                 refuse_file(path, "%zu bytes, but its header announces %zu", file.size, expected);
     }
-    if (result == 0) result = build_weights(t, shared_classifier, &file);
+    if (result == 0) result = build_weights(&t->weights, &t->config, shared_classifier, &file);
     if (result == 0) result = build_state(&t->state, &t->config, path);
     fclose(file.stream);
     if (result < 0) free_transformer(t);
@@ -759,11 +746,11 @@ static void rmsnorm(float *out, const float *x, const float *weight, size_t size
     }
 }
 
-// What a matrix is multiplied by: n tokens of `width` values, and these quantized.
+// What a matrix is multiplied by: n tokens, and these quantized.
 typedef struct {
-    const float *x;      // [n][width]
-    const float *weight; // [width] of the rmsnorm in front of the matrix, or NULL
-    size_t width, n;
+    const float *x;      // [n][q.width]
+    const float *weight; // [q.width] of the rmsnorm in front of the matrix, or NULL
+    size_t n;
     bool quantized;
     QuantizedActivations q;
 } MatrixInput;
@@ -773,13 +760,13 @@ static void quantize_tokens(const Pass *pass, int worker, MatrixInput *in, Range
     Transformer *t = pass->transformer;
     for (size_t first = tokens.first; first < tokens.last; first += NORM_ROWS) {
         size_t rows = min_size(tokens.last - first, NORM_ROWS);
-        const float *values = in->x + first * in->width;
+        const float *values = in->x + first * in->q.width;
         if (in->weight) {
-            rmsnorm(t->state.normed[worker], values, in->weight, in->width, rows);
+            rmsnorm(t->state.normed[worker], values, in->weight, in->q.width, rows);
             values = t->state.normed[worker];
         }
         for (size_t r = 0; r < rows; r++)
-            t->kernels->quantize(&in->q, first + r, values + r * in->width);
+            t->kernels->quantize(&in->q, first + r, values + r * in->q.width);
     }
 }
 
@@ -790,7 +777,7 @@ static void quantize_tokens(const Pass *pass, int worker, MatrixInput *in, Range
 static MatrixInput quantize_input(const Pass *pass, int worker, const float *x, const float *weight,
                                   size_t width, size_t n) {
     State *s = &pass->transformer->state;
-    MatrixInput in = {.x = x, .weight = weight, .width = width, .n = n, .quantized = n > 1};
+    MatrixInput in = {.x = x, .weight = weight, .n = n, .quantized = n > 1};
     in.q = n > 1 ? s->shared : s->own[worker];
     in.q.width = width;
     if (n > 1)
@@ -866,7 +853,8 @@ static void multi_head_attn(const Pass *pass, size_t layer, size_t token, Range 
                            head_size, kv_chunk(s, c, layer, kv_head, t).keys,
                            min_size(kv_len - t, CHUNK), pass->transformer->kv_ahead);
         }
-    kernels->softmax(att + heads.first * stride, stride, heads.last - heads.first, kv_len);
+    for (size_t head = heads.first; head < heads.last; head++)
+        kernels->softmax(att + head * stride, kv_len);
     for (size_t i = heads.first * head_size; i < heads.last * head_size; i++) out[i] = 0;
     for (size_t t = 0; t < kv_len; t += CHUNK)
         for (size_t head = heads.first; head < heads.last; head = end) {
@@ -960,8 +948,8 @@ static void forward_steps(const Pass *pass, int worker) {
     if (pass->wanted == 0) return;
     MatrixInput in = quantize_input(pass, worker, s->x + (pass->n - pass->wanted) * dim,
                                     w->rms_final_weight, dim, pass->wanted);
-    for (Range rows = {0}; claim(worker, w->classifier->rows, ROWS_PER_PIECE, &rows);)
-        mat_mul(pass, worker, pass->logits, w->classifier, rows, &in);
+    for (Range rows = {0}; claim(worker, w->classifier.rows, ROWS_PER_PIECE, &rows);)
+        mat_mul(pass, worker, pass->logits, &w->classifier, rows, &in);
 }
 
 // Computes n >= 1 tokens at positions pos.. (pos + n <= seq_len), which continue what was computed
@@ -997,7 +985,6 @@ static inline float *forward(Transformer *t, const int *tokens, int n, int pos) 
 // with the highest score, the leftmost of equals.
 
 #define MAX_TOKENIZER_SIZE (64 << 20) // bytes; SmolLM's has 0.7 MB
-#define MAX_PROBES 16                 // of the hash table for a token, on average
 
 typedef struct {
     float score;
@@ -1011,8 +998,8 @@ enum { OTHER, LETTER, NUMBER, SPACE }; // \p{L}, \p{N}, White_Space
 typedef struct {
     int vocab_size;
     Token *tokens;        // [vocab_size]
-    int32_t *table;       // [table_size] hash table of the tokens by their bytes: id, or -1
-    uint32_t table_size;  // a power of two
+    const Token **sorted; // [sorted_count], by their bytes; without tokens that repeat another
+    size_t sorted_count;
     uint8_t *class_of;    // [UNICODE_END]
     int im_start, im_end; // ids of the chat template's control tokens, -1 if there are none
     char *file;           // tokenizer.bin as read, which the tokens point into
@@ -1091,30 +1078,36 @@ static int decode_utf8(const char *text, size_t length, uint32_t *code) {
     return count;
 }
 
-static uint32_t hash_bytes(const char *bytes, size_t length) { // FNV-1a
-    uint32_t hash = 2166136261u;
-    for (size_t i = 0; i < length; i++) hash = (hash ^ (unsigned char)bytes[i]) * 16777619u;
-    return hash;
+// The order of the tokens by their bytes: for qsort(3) and bsearch(3), on pointers to tokens.
+static int compare_bytes(const void *left, const void *right) {
+    const Token *a = *(const Token *const *)left, *b = *(const Token *const *)right;
+    int order = memcmp(a->bytes, b->bytes, (size_t)(a->length < b->length ? a->length : b->length));
+    return order ? order : a->length - b->length;
 }
 
-// The slot of the hash table that holds the token of these bytes, or the empty one where it would
-// be.
-static int32_t *find_slot(const Tokenizer *t, const char *bytes, size_t length) {
-    for (uint32_t i = hash_bytes(bytes, length);; i++) {
-        int32_t *slot = &t->table[i & (t->table_size - 1)];
-        if (*slot < 0 || ((size_t)t->tokens[*slot].length == length &&
-                          memcmp(t->tokens[*slot].bytes, bytes, length) == 0))
-            return slot;
+// Returns the id of the token of these bytes, or -1.
+static int find_token(const Tokenizer *t, const char *bytes, int length) {
+    const Token token = {.bytes = bytes, .length = length}, *key = &token;
+    const Token **found = bsearch(&key, t->sorted, t->sorted_count, sizeof(Token *), compare_bytes);
+    return found ? (int)(*found - t->tokens) : -1;
+}
+
+// Sorts the tokens for find_token(). Of equal ones it finds the one with the lowest id.
+static void sort_tokens(Tokenizer *t) {
+    for (int id = 0; id < t->vocab_size; id++) t->sorted[id] = &t->tokens[id];
+    qsort(t->sorted, (size_t)t->vocab_size, sizeof(Token *), compare_bytes);
+    const Token **end = t->sorted;
+    for (int i = 0; i < t->vocab_size; i++) {
+        const Token *token = t->sorted[i];
+        if (end == t->sorted || compare_bytes(&end[-1], &token) != 0) *end++ = token;
+        else if (token < end[-1]) end[-1] = token;
     }
-}
-
-static int find_token(const Tokenizer *t, const char *bytes, size_t length) {
-    return *find_slot(t, bytes, length);
+    t->sorted_count = (size_t)(end - t->sorted);
 }
 
 static void free_tokenizer(Tokenizer *t) {
     free(t->tokens);
-    free(t->table);
+    free(t->sorted);
     free(t->class_of);
     free(t->file);
     *t = (Tokenizer){0};
@@ -1154,32 +1147,18 @@ static int build_tokenizer(Tokenizer *t, const char *path, int vocab_size) {
         refuse_file(path, "too long (%zu bytes) for a tokenizer", file.size);
         goto failed;
     }
-    for (t->table_size = 2; t->table_size < 2 * (uint32_t)vocab_size;) t->table_size *= 2;
     t->file = malloc(file.size + 1);
     t->tokens = calloc((size_t)vocab_size, sizeof(Token));
-    t->table = malloc(t->table_size * sizeof(int32_t));
+    t->sorted = malloc((size_t)vocab_size * sizeof(Token *));
     t->class_of = calloc(UNICODE_END, 1);
-    if (!t->file || !t->tokens || !t->table || !t->class_of) {
+    if (!t->file || !t->tokens || !t->sorted || !t->class_of) {
         refuse_for_memory(path, "its tokens", file.size);
         goto failed;
     }
     read_bytes(&file, t->file, file.size);
     if (file.failed || read_tokens(t, file.size, path) < 0) goto failed;
 
-    // In a hostile file all tokens may collide in the hash table; searching it would take hours.
-    size_t probes = 0;
-    memset(t->table, -1, t->table_size * sizeof(int32_t));
-    for (int id = 0; id < vocab_size; id++) {
-        const Token *token = &t->tokens[id];
-        int32_t *slot = find_slot(t, token->bytes, (size_t)token->length);
-        uint32_t home = hash_bytes(token->bytes, (size_t)token->length);
-        probes += ((uint32_t)(slot - t->table) - home) & (t->table_size - 1);
-        if (probes > MAX_PROBES * (size_t)vocab_size) {
-            refuse_file(path, "its tokens collide in the hash table: it was made to be slow");
-            goto failed;
-        }
-        if (*slot < 0) *slot = id;
-    }
+    sort_tokens(t);
     mark_class(t->class_of, LETTER, letter_ranges, sizeof(letter_ranges) / sizeof(uint16_t));
     mark_class(t->class_of, NUMBER, number_ranges, sizeof(number_ranges) / sizeof(uint16_t));
     mark_class(t->class_of, SPACE, space_ranges, sizeof(space_ranges) / sizeof(uint16_t));
@@ -1261,7 +1240,7 @@ static void offer_merge(const Tokenizer *t, const char *piece, int length, const
     int right = left < 0 ? length : symbols[left].right;
     if (right == length) return;
     int total = symbols[left].length + symbols[right].length;
-    int id = find_token(t, piece + left, (size_t)total);
+    int id = find_token(t, piece + left, total);
     if (id >= 0) push(heap, count, (Item){t->tokens[id].score, left, total});
 }
 
@@ -1289,7 +1268,7 @@ static int merge_piece(const Tokenizer *t, const char *piece, int length, Symbol
     }
     int n = 0;
     for (int i = 0; i < length; i = symbols[i].right)
-        ids[n++] = find_token(t, piece + i, (size_t)symbols[i].length);
+        ids[n++] = find_token(t, piece + i, symbols[i].length);
     return n;
 }
 
@@ -1406,7 +1385,7 @@ static int sample(Sampler *s, float *logits) {
         return -1;
     }
     if (greedy) return argmax(logits, n);
-    s->kernels->softmax(logits, 0, 1, n);
+    s->kernels->softmax(logits, (size_t)n);
     return sample_top_p(s, logits, random_f32(&s->rng_state));
 }
 
@@ -1794,16 +1773,12 @@ static const uint16_t space_ranges[20] = {
 #define VECTOR(type, size) type __attribute__((vector_size(size), aligned(sizeof(type)), may_alias))
 typedef VECTOR(float, 4 * LANES) NAME(floats);
 typedef VECTOR(int32_t, 4 * LANES) NAME(ints);
-typedef VECTOR(int32_t, 16) NAME(quads);
-typedef VECTOR(int8_t, LANES) NAME(bytes);
 typedef VECTOR(int16_t, 4 * LANES) NAME(shorts);
 typedef VECTOR(float, 2 * LANES) NAME(half);     // half a register of floats ...
 typedef VECTOR(double, 4 * LANES) NAME(doubles); // ... and as many doubles
 typedef VECTOR(uint64_t, 4 * LANES) NAME(longs);
 #define floats NAME(floats)
 #define ints NAME(ints)
-#define quads NAME(quads)
-#define bytes NAME(bytes)
 #define shorts NAME(shorts)
 #define half NAME(half)
 #define doubles NAME(doubles)
@@ -1870,161 +1845,75 @@ INLINE half NAME(exp_half)(half x) {
     return __builtin_convertvector(y, half);
 }
 
-KERNEL void NAME(exp_minus)(float *x, size_t n, float shift) {
+// Adding up in index order makes each addition wait for the one before. Meanwhile the processor
+// computes the next exponentials.
+KERNEL float NAME(exp_minus)(float *x, size_t n, float shift) {
+    float sum = 0;
     size_t i = 0;
-    for (; i + LANES / 2 <= n; i += LANES / 2)
+    for (; i + LANES / 2 <= n; i += LANES / 2) {
         STORE(half, x + i, NAME(exp_half)(LOAD(half, x + i) - shift));
-    if (i == n) return;
+        for (size_t lane = 0; lane < LANES / 2; lane++) sum = sum + x[i + lane];
+    }
     half rest = {0};
     memcpy(&rest, x + i, (n - i) * sizeof(float));
     rest = NAME(exp_half)(rest - shift);
     memcpy(x + i, &rest, (n - i) * sizeof(float));
+    for (; i < n; i++) sum = sum + x[i];
+    return sum;
 }
 
 INLINE float NAME(maximum)(const float *x, size_t n) {
     float greatest = x[0];
+    floats most = (floats){0} + greatest;
     size_t i = 0;
-    if (n >= LANES) {
-        floats most = LOAD(floats, x);
-        for (i = LANES; i + LANES <= n; i += LANES) {
-            floats next = LOAD(floats, x + i);
-            most = SELECT(floats, ints, next > most, next, most);
-        }
-        for (int lane = 0; lane < LANES; lane++)
-            if (most[lane] > greatest) greatest = most[lane];
+    for (; i + LANES <= n; i += LANES) {
+        floats next = LOAD(floats, x + i);
+        most = SELECT(floats, ints, next > most, next, most);
     }
-    for (; i < n; i++)
-        if (x[i] > greatest) greatest = x[i];
+    for (int lane = 0; lane < LANES; lane++)
+        greatest = most[lane] > greatest ? most[lane] : greatest;
+    for (; i < n; i++) greatest = x[i] > greatest ? x[i] : greatest;
     return greatest;
 }
 
-// A sum in index order makes each addition wait for the one before. So the rows are summed side by
-// side, and while the processor waits it computes the next exponentials.
-#define SOFTMAX_ROWS 3
-
-INLINE void NAME(softmax_rows)(float *x, size_t stride, const size_t rows, size_t n) {
-    float most[SOFTMAX_ROWS], sum[SOFTMAX_ROWS] = {0};
-    for (size_t r = 0; r < rows; r++) most[r] = NAME(maximum)(x + r * stride, n);
-    size_t i = 0;
-    for (; i + LANES / 2 <= n; i += LANES / 2) {
-        for (size_t r = 0; r < rows; r++) {
-            float *e = x + r * stride + i;
-            STORE(half, e, NAME(exp_half)(LOAD(half, e) - most[r]));
-        }
-        for (size_t k = i; k < i + LANES / 2; k++)
-            for (size_t r = 0; r < rows; r++) sum[r] = sum[r] + x[r * stride + k];
-    }
-    for (size_t r = 0; r < rows; r++) {
-        NAME(exp_minus)(x + r * stride + i, n - i, most[r]);
-        for (size_t k = i; k < n; k++) sum[r] = sum[r] + x[r * stride + k];
-    }
-    for (size_t r = 0; r < rows; r++) {
-        float *e = x + r * stride;
-        size_t i = 0;
-        for (; i + LANES <= n; i += LANES) STORE(floats, e + i, LOAD(floats, e + i) / sum[r]);
-        for (; i < n; i++) e[i] /= sum[r];
-    }
-}
-
-KERNEL void NAME(softmax)(float *x, size_t stride, size_t rows, size_t n) {
-    for (; rows >= SOFTMAX_ROWS; rows -= SOFTMAX_ROWS, x += SOFTMAX_ROWS * stride)
-        NAME(softmax_rows)(x, stride, SOFTMAX_ROWS, n);
-    for (; rows > 0; rows--, x += stride) NAME(softmax_rows)(x, stride, 1, n);
-}
-
-INLINE half NAME(silu_times)(half h, half up) {
-    const half ones = (half){0} + 1;
-    return (h * (ones / (ones + NAME(exp_half)(-h)))) * up;
+KERNEL void NAME(softmax)(float *x, size_t n) {
+    const float sum = NAME(exp_minus)(x, n, NAME(maximum)(x, n));
+    for (size_t i = 0; i < n; i++) x[i] = x[i] / sum;
 }
 
 KERNEL void NAME(swiglu)(float *out, const float *gate, const float *up, size_t n) {
-    size_t i = 0;
-    for (; i + LANES / 2 <= n; i += LANES / 2)
-        STORE(half, out + i, NAME(silu_times)(LOAD(half, gate + i), LOAD(half, up + i)));
-    if (i == n) return;
-    half h = {0}, u = {0};
-    size_t rest = (n - i) * sizeof(float);
-    memcpy(&h, gate + i, rest);
-    memcpy(&u, up + i, rest);
-    h = NAME(silu_times)(h, u);
-    memcpy(out + i, &h, rest);
+    const half ones = (half){0} + 1;
+    for (size_t i = 0; i < n; i += LANES / 2) {
+        half h = LOAD(half, gate + i);
+        h = (h * (ones / (ones + NAME(exp_half)(-h)))) * LOAD(half, up + i);
+        STORE(half, out + i, h);
+    }
 }
 
-// Numbers of -127..127 as bytes.
-INLINE bytes NAME(narrow)(ints q) {
-#if LANES == 8 // compilers would extract the numbers one by one
-    __m128i low = _mm256_castsi256_si128((__m256i)q),
-            high = _mm256_extracti128_si256((__m256i)q, 1);
-    __m128i words = _mm_packs_epi32(low, high);
-    return (bytes)_mm_cvtsi128_si64(_mm_packs_epi16(words, words));
-#else
-    return __builtin_convertvector(q, bytes);
-#endif
-}
-
-// roundf(t) is the integer part of t + the greatest float below 0.5, away from zero: 0.5 itself
-// would carry 0.49999997 up to 1. As bits, floats of one sign are ordered as the integers are.
+// Compilers turn these loops into vector instructions. roundf(t) is the integer part of t + the
+// greatest float below 0.5, away from zero: 0.5 itself would carry 0.49999997 up to 1.
 KERNEL void NAME(quantize)(QuantizedActivations *out, size_t token, const float *x) {
-    const ints sign = (ints){0} + INT32_MIN;
-    const floats most = (floats){0} + 127, below_half = (floats){0} + 0x1.fffffep-2f;
-    size_t groups = out->width / GROUP, start = token * groups;
-    float *scale = out->s + start;
-    for (size_t group = 0; group < groups; group++) {
-        ints greatest = {0};
-        for (size_t i = 0; i < GROUP; i += LANES) {
-            ints size = LOAD(ints, x + group * GROUP + i) & ~sign;
-            greatest = SELECT(ints, ints, size > greatest, size, greatest);
+    size_t groups = out->width / GROUP;
+    int8_t *q = out->q + token * out->width;
+    for (size_t g = token * groups; g < (token + 1) * groups; g++, x += GROUP, q += GROUP) {
+        int32_t greatest = 0, sum = 0; // as bits, floats without a sign are ordered as integers are
+        for (int i = 0; i < GROUP; i++) {
+            int32_t bits;
+            memcpy(&bits, &x[i], sizeof(bits));
+            bits &= INT32_MAX;
+            greatest = bits > greatest ? bits : greatest;
         }
-        // the greatest of all lanes, by quarters of 4
-        quads four = LOAD(quads, &greatest);
-        for (int i = 1; i < LANES / 4; i++) {
-            quads next = LOAD(quads, (const quads *)&greatest + i);
-            four = SELECT(quads, quads, next > four, next, four);
+        memcpy(&out->s[g], &greatest, sizeof(greatest));
+        out->s[g] = out->s[g] / 127;
+        float scale = out->s[g] != 0 ? out->s[g] : INFINITY; // then all q are 0
+        for (int i = 0; i < GROUP; i++) {
+            float t = x[i] / scale, size = fabsf(t) + 0x1.fffffep-2f;
+            size = size < 127 ? size : 127; // also limits a NaN
+            q[i] = (int8_t)copysignf(size, t);
+            sum += q[i];
         }
-        int32_t bits = 0;
-        for (int lane = 0; lane < 4; lane++) bits = four[lane] > bits ? four[lane] : bits;
-        memcpy(&scale[group], &bits, sizeof(bits));
+        out->sum[g] = 128 * sum;
     }
-    // Group by group, each would wait for the divisions of the one before.
-    for (size_t group = 0; group < groups; group++) scale[group] = scale[group] / 127;
-    for (size_t group = 0; group < groups; group++) {
-        int8_t *to = out->q + (start + group) * GROUP;
-        float divisor = scale[group] != 0 ? scale[group] : INFINITY; // all q are 0 then
-        ints sum = {0};
-        for (size_t i = 0; i < GROUP; i += LANES) {
-            floats t = LOAD(floats, x + group * GROUP + i) / divisor;
-            ints signs = (ints)t & sign;
-            floats size = (floats)((ints)t & ~sign) + below_half;
-            size = SELECT(floats, ints, size < most, size, most); // also limits a NaN
-            ints q = __builtin_convertvector((floats)((ints)size | signs), ints);
-            STORE(bytes, to + i, NAME(narrow)(q));
-            sum += q;
-        }
-        quads four = {0};
-        for (int i = 0; i < LANES / 4; i++) four += LOAD(quads, (const quads *)&sum + i);
-        out->sum[start + group] = 128 * (four[0] + four[1] + four[2] + four[3]);
-    }
-#if !defined(DOT4) // which has no use for them
-    for (size_t i = 0; i < out->width; i += 4 * LANES) {
-        size_t at = start * GROUP + i;
-        shorts pairs = LOAD(shorts, out->q + at);
-        STORE(shorts, out->even + at / 2, pairs << 8 >> 8);
-        STORE(shorts, out->odd + at / 2, pairs >> 8);
-    }
-#endif
-}
-
-// A vector times a number in memory. AVX-512 broadcasts the number at no cost as a part of the
-// multiplication. Compilers prefer a separate instruction when they need the number twice; it takes
-// the time of an addition.
-INLINE floats NAME(times_number)(floats v, const float *number) {
-#if LANES == 16
-    floats product;
-    __asm__("vmulps %2%{1to16%}, %1, %0" : "=v"(product) : "v"(v), "m"(*number));
-    return product;
-#else
-    return v * *number;
-#endif
 }
 
 // Heads that share keys and values go together, as many as have room for their sums in registers.
@@ -2044,7 +1933,7 @@ INLINE void NAME(score_block)(float *out, size_t stride, const float *q, const s
             if (v * LANES % LINE_FLOATS == 0) __builtin_prefetch(keys + v * LANES + ahead, 0, 2);
             floats k = LOAD(volatile floats, keys + v * LANES); // once for all heads
             for (size_t head = 0; head < heads; head++)
-                sum[head][v] = sum[head][v] + NAME(times_number)(k, &q[head * head_size + i]);
+                sum[head][v] = sum[head][v] + k * q[head * head_size + i];
         }
     for (size_t head = 0; head < heads; head++)
         for (int v = 0; v < VECTORS; v++)
@@ -2083,7 +1972,7 @@ INLINE void NAME(mix_vectors)(float *out, const float *weight, size_t stride, co
             if (v * LANES % LINE_FLOATS == 0) __builtin_prefetch(values + v * LANES + ahead, 0, 2);
             floats value = LOAD(floats, values + v * LANES);
             for (size_t head = 0; head < heads; head++)
-                sum[head][v] = sum[head][v] + NAME(times_number)(value, &weight[head * stride + t]);
+                sum[head][v] = sum[head][v] + value * weight[head * stride + t];
         }
     for (size_t head = 0; head < heads; head++)
         for (size_t v = 0; v < vectors; v++)
@@ -2157,18 +2046,12 @@ INLINE int32_t NAME(zero_point_correction)(const QuantizedActivations *x, size_t
 #else
 
 // Bytes become numbers of 16 bits where they lie: seen as such a number, a pair of bytes shifted
-// right (signs are kept) gives the odd byte, and shifted left before, the even one.
+// right (signs are kept) gives the odd byte, and shifted left before, the even one. A product of
+// bytes fits into 16 bits, and so does the sum of two, 2 * 128 * 127.
 INLINE ints NAME(add_step)(ints sum, ints w, const QuantizedActivations *x, size_t at) {
-    shorts even = (shorts)w << 8 >> 8, odd = (shorts)w >> 8;
-    shorts x_even = (shorts)NAME(broadcast)(x->even + at / 2);
-    shorts x_odd = (shorts)NAME(broadcast)(x->odd + at / 2);
-#if defined(DOT2)
-    sum += (ints)DOT2(even, x_even);
-    return sum + (ints)DOT2(odd, x_odd);
-#else // a product of bytes fits into 16 bits, and so does the sum of two, 2 * 128 * 127
-    ints twos = (ints)(even * x_even + odd * x_odd);
-    return sum + (twos << 16 >> 16) + (twos >> 16);
-#endif
+    shorts weights = (shorts)w, inputs = (shorts)NAME(broadcast)(x->q + at);
+    ints pairs = (ints)((weights << 8 >> 8) * (inputs << 8 >> 8) + (weights >> 8) * (inputs >> 8));
+    return sum + (pairs << 16 >> 16) + (pairs >> 16);
 }
 INLINE int32_t NAME(zero_point_correction)(const QuantizedActivations *x, size_t group) {
     return (void)x, (void)group, 0;
@@ -2291,8 +2174,6 @@ static const Kernels NAME(kernels) = {
 // The other macros are the same for every instruction set.
 #undef floats
 #undef ints
-#undef quads
-#undef bytes
 #undef shorts
 #undef half
 #undef doubles
@@ -2304,5 +2185,4 @@ static const Kernels NAME(kernels) = {
 #undef TARGET
 #undef DOT4
 #undef UNSIGNED_WEIGHTS
-#undef DOT2
 #endif // MODEL_H

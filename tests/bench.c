@@ -135,8 +135,8 @@ static Decoding measure_decoding(Transformer *t, Sampler *sampler, int pos, cons
     Decoding result = {0};
     for (int round = 0, token = 1; round < ROUNDS; round++) {
         for (size_t way = 0; way < WAYS; way++)
-            reading[way][round] =
-                time_reading(block, t->panels_size, readers, ways[way].streams, ways[way].ahead);
+            reading[way][round] = time_reading(block, t->weights.memory.size, readers,
+                                               ways[way].streams, ways[way].ahead);
         struct rusage before, after;
         getrusage(RUSAGE_SELF, &before);
         for (int i = round * TOKENS; i < (round + 1) * TOKENS; i++) {
@@ -149,7 +149,7 @@ static Decoding measure_decoding(Transformer *t, Sampler *sampler, int pos, cons
         result.system += cpu_seconds(after.ru_stime) - cpu_seconds(before.ru_stime);
     }
     for (size_t way = 0; way < WAYS; way++) {
-        double rate = (double)t->panels_size / median(reading[way], ROUNDS);
+        double rate = (double)t->weights.memory.size / median(reading[way], ROUNDS);
         if (rate > result.bandwidth) result.bandwidth = rate;
     }
     result.token = median(tokens, ROUNDS * TOKENS);
@@ -168,7 +168,7 @@ static double prefill_rate(Transformer *t, int tokens) {
 // Fills the KV cache as after a long chat, without computing it.
 static void fill_caches(Transformer *t) {
     uint64_t state = 1;
-    for (size_t i = 0; i < t->state.kv_cache_size / sizeof(float); i++)
+    for (size_t i = 0; i < (size_t)(t->state.x - t->state.kv_cache); i++)
         t->state.kv_cache[i] = random_f32(&state) - 0.5f;
 }
 
@@ -256,7 +256,7 @@ int main(int argc, char **argv) {
     if (init_thr_pool(threads) < 0) return 1;
 #endif
     int cores = (int)sysconf(_SC_NPROCESSORS_ONLN), readers = threads < cores ? threads : cores;
-    char *block = huge_block(t.panels_size);
+    char *block = huge_block(t.weights.memory.size);
     fill_caches(&t);
 
     for (int run = 0; run < atoi(argv[2]); run++) {
@@ -269,7 +269,7 @@ int main(int argc, char **argv) {
             double cache = 2.0 * t.config.n_layers * t.config.kv_dim *
                            (positions[i] + ROUNDS * TOKENS / 2) * sizeof(float);
             printf("%.6g %.6g %.6g ", near[i].bandwidth, near[i].token,
-                   (double)t.panels_size + cache);
+                   (double)t.weights.memory.size + cache);
         }
         for (int i = 0; i < 3; i++) printf("%.6g ", prefill_rate(&t, prompts[i]));
         printf("%.4f %.4f\n", near[0].user, near[0].system);

@@ -57,15 +57,20 @@ static float *random_floats(uint64_t *random, float *to, size_t count, float lim
 static void write_model(const Config *c, bool shared_classifier, uint64_t seed, float limit) {
     uint64_t random = seed + 1;
     size_t size = expected_file_size(c, shared_classifier);
-    int32_t fields[] = {c->dim,        c->hidden_dim, c->n_layers, c->n_heads,
-                        c->n_kv_heads, c->vocab_size, c->seq_len};
+    const Header header = {.magic = MODEL_MAGIC,
+                           .version = MODEL_VERSION,
+                           .dim = c->dim,
+                           .hidden_dim = c->hidden_dim,
+                           .n_layers = c->n_layers,
+                           .n_heads = c->n_heads,
+                           .n_kv_heads = c->n_kv_heads,
+                           .vocab_size = c->vocab_size,
+                           .seq_len = c->seq_len,
+                           .shared_classifier = shared_classifier,
+                           .group_size = GROUP};
     char *model = calloc(1, size);
-    memcpy(model, &(uint32_t){MODEL_MAGIC}, 4);
-    memcpy(model + 4, &(int32_t){MODEL_VERSION}, 4);
-    memcpy(model + 8, fields, sizeof(fields));
-    model[36] = shared_classifier;
-    memcpy(model + 37, &(int32_t){GROUP}, 4);
-    float *end = random_floats(&random, (float *)(model + HEADER_SIZE), count_norms(c), 2);
+    memcpy(model, &header, sizeof(header));
+    float *end = random_floats(&random, (float *)(model + sizeof(Header)), count_norms(c), 2);
     size_t dim = c->dim, kv_dim = c->kv_dim, hidden_dim = c->hidden_dim, layers = c->n_layers;
     size_t embedding = dim * c->vocab_size;
     size_t tensors[] = {embedding,        dim * dim,        dim * kv_dim,
@@ -108,7 +113,7 @@ static void load_model(void) {
     Transformer t;
     if (build_transformer(&t, path) < 0) return;
     int tokens[] = {t.config.vocab_size - 1, 0};
-    if (t.panels_size < 1 << 20) forward(&t, tokens, t.config.seq_len > 1 ? 2 : 1, 0);
+    if (t.weights.memory.size < 1 << 20) forward(&t, tokens, t.config.seq_len > 1 ? 2 : 1, 0);
     free_transformer(&t);
 }
 
@@ -126,7 +131,7 @@ static void fuzz_damage(Input *in) {
     if (longer != 0) require(ftruncate(file, size + longer) == 0, "no memory");
     while (in->size > 0) {
         off_t at = take(in);
-        if (at == 255) at = HEADER_SIZE + take(in) * 256 + take(in);
+        if (at == 255) at = sizeof(Header) + take(in) * 256 + take(in);
         uint8_t byte = (uint8_t)take(in);
         require(pwrite(file, &byte, 1, at) == 1, "no memory");
     }
