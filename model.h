@@ -105,19 +105,21 @@ typedef struct {
 // STREAMS runs, each in the order of the addresses; with a single one, decoding takes 1.25 times as
 // long (Zen 3, AVX2).
 #define STREAMS 4
-#define ROWS_PER_PIECE (STREAMS * PANEL_ROWS) // of a matrix, what a worker claims at a time
+#define STREAM_ROWS (STREAMS * PANEL_ROWS) // of one panel in each stream
+#define FEW_TOKENS 32 // in a pass over so many or fewer the kernels read all streams at once
 
 typedef struct {
     size_t rows, cols;
-    Panel *panels; // [STREAMS][rows / ROWS_PER_PIECE, rounded up][cols / GROUP]
+    Panel *panels; // [STREAMS][rows / STREAM_ROWS, rounded up][cols / GROUP]
 } QuantizedTensor;
 
-static size_t count_pieces(size_t rows) { return (rows + ROWS_PER_PIECE - 1) / ROWS_PER_PIECE; }
+// Panels of a tensor in each stream, for one group of columns.
+static size_t stream_length(size_t rows) { return (rows + STREAM_ROWS - 1) / STREAM_ROWS; }
 
 // Returns the panels [cols / GROUP] that hold a row. Rows beyond the last are zero.
 static Panel *panels_of(const QuantizedTensor *w, size_t row) {
     size_t number = row / PANEL_ROWS, stream = number % STREAMS;
-    return w->panels + (stream * count_pieces(w->rows) + number / STREAMS) * (w->cols / GROUP);
+    return w->panels + (stream * stream_length(w->rows) + number / STREAMS) * (w->cols / GROUP);
 }
 
 // Memory that is reserved as a whole, see reserve_memory().
@@ -502,7 +504,7 @@ static void release_memory(Memory *memory) {
 }
 
 static QuantizedTensor take_tensor(Memory *memory, size_t rows, size_t cols) {
-    size_t panels = STREAMS * count_pieces(rows) * (cols / GROUP);
+    size_t panels = STREAMS * stream_length(rows) * (cols / GROUP);
     return (QuantizedTensor){rows, cols, take_memory(memory, panels, sizeof(Panel))};
 }
 
@@ -786,6 +788,13 @@ static MatrixInput quantize_input(const Pass *pass, int worker, const float *x, 
     return in;
 }
 
+// Returns how many rows of a matrix a worker claims at a time: a panel of each stream for few
+// tokens. Many tokens do not need that, and smaller pieces are shared out more evenly (576 rows
+// among 2 workers); but a panel of gates and one of ups in w13 stay together.
+static size_t rows_per_piece(const MatrixInput *in) {
+    return in->n <= FEW_TOKENS ? STREAM_ROWS : 2 * PANEL_ROWS;
+}
+
 // out[token][row] = w[row] . x[token] for the claimed rows
 static void mat_mul(const Pass *pass, int worker, float *out, const QuantizedTensor *w, Range rows,
                     MatrixInput *in) {
@@ -802,7 +811,7 @@ static void mat_mul(const Pass *pass, int worker, float *out, const QuantizedTen
 static void add_to_residual(const Pass *pass, int worker, const QuantizedTensor *w,
                             MatrixInput *in) {
     float *x = pass->transformer->state.x, *out = pass->transformer->state.xb2;
-    for (Range rows = {0}; claim(worker, w->rows, ROWS_PER_PIECE, &rows);) {
+    for (Range rows = {0}; claim(worker, w->rows, rows_per_piece(in), &rows);) {
         mat_mul(pass, worker, out, w, rows, in);
         for (size_t token = 0; token < in->n; token++)
             for (size_t i = token * w->rows + rows.first; i < token * w->rows + rows.last; i++)
@@ -885,7 +894,7 @@ static void attention_block(const Pass *pass, int worker, size_t layer) {
     size_t dim = c->dim, head_size = c->head_size, n = pass->n, rope_rows = dim + c->kv_dim;
 
     MatrixInput in = quantize_input(pass, worker, s->x, l->rms_att_weight, dim, n);
-    for (Range rows = {0}; claim(worker, l->wqkv.rows, ROWS_PER_PIECE, &rows);) {
+    for (Range rows = {0}; claim(worker, l->wqkv.rows, rows_per_piece(&in), &rows);) {
         mat_mul(pass, worker, s->qkv, &l->wqkv, rows, &in);
         for (size_t token = 0; token < n; token++)
             rope(s->qkv + token * l->wqkv.rows, (Range){rows.first, min_size(rows.last, rope_rows)},
@@ -916,7 +925,7 @@ static void feed_forward_block(const Pass *pass, int worker, size_t layer) {
     size_t dim = t->config.dim, hidden_dim = t->config.hidden_dim, n = pass->n;
 
     MatrixInput in = quantize_input(pass, worker, s->x, l->rms_ffn_weight, dim, n);
-    for (Range rows = {0}; claim(worker, l->w13.rows, ROWS_PER_PIECE, &rows);) {
+    for (Range rows = {0}; claim(worker, l->w13.rows, rows_per_piece(&in), &rows);) {
         mat_mul(pass, worker, s->gate_up, &l->w13, rows, &in);
         for (size_t token = 0; token < n; token++)
             for (size_t r = rows.first; r < rows.last; r += 2 * PANEL_ROWS) {
@@ -948,7 +957,7 @@ static void forward_steps(const Pass *pass, int worker) {
     if (pass->wanted == 0) return;
     MatrixInput in = quantize_input(pass, worker, s->x + (pass->n - pass->wanted) * dim,
                                     w->rms_final_weight, dim, pass->wanted);
-    for (Range rows = {0}; claim(worker, w->classifier.rows, ROWS_PER_PIECE, &rows);)
+    for (Range rows = {0}; claim(worker, w->classifier.rows, rows_per_piece(&in), &rows);)
         mat_mul(pass, worker, pass->logits, &w->classifier, rows, &in);
 }
 
@@ -2120,7 +2129,7 @@ INLINE void NAME(multiply_tile)(float *out, const QuantizedTensor *w, size_t row
 KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, Range rows,
                               const QuantizedActivations *x) {
     size_t row = rows.first;
-    for (; row + STREAMS * PANEL_ROWS <= rows.last; row += STREAMS * PANEL_ROWS)
+    for (; row + STREAM_ROWS <= rows.last; row += STREAM_ROWS)
         NAME(multiply_tile)(out, w, row, STREAMS, x, 0, 1);
     for (; row < rows.last; row += PANEL_ROWS) NAME(multiply_tile)(out, w, row, 1, x, 0, 1);
 }
@@ -2150,7 +2159,7 @@ KERNEL void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, Range rows,
                               const QuantizedActivations *x, size_t n) {
     const size_t joint = NAME(joint_panels)(STREAMS, TILE_TOKENS);
     size_t row = rows.first;
-    for (; n <= 32 && row + STREAMS * PANEL_ROWS <= rows.last; row += STREAMS * PANEL_ROWS)
+    for (; n <= FEW_TOKENS && row + STREAM_ROWS <= rows.last; row += STREAM_ROWS)
         NAME(multiply_panels)(out, w, row, STREAMS, x, n);
     for (; row + joint * PANEL_ROWS <= rows.last; row += joint * PANEL_ROWS)
         NAME(multiply_panels)(out, w, row, joint, x, n);
