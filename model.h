@@ -7,8 +7,8 @@
 //   5  Tokenizer       text to tokens
 //   6  Sampler         logits to a token
 //   7  Generation      one turn of the chat: prompt in, reply out
-//   8  Kernel bodies   compiled once for each instruction set
-//   9  Tables          constants of the exponential function and of Unicode
+//   8  Tables          constants of the exponential function and of Unicode
+//   9  Kernel bodies   compiled once for each instruction set, as the file includes itself
 //
 // Same files, same seed, same prompts: same text, for every instruction set, any number of workers,
 // however a prompt is cut into passes. This holds because every float operation happens in the same
@@ -34,9 +34,11 @@
 #include <sys/auxv.h>
 #endif
 
-// What would give other text must not compile.
-#if defined(__FAST_MATH__)
-#error "-ffast-math and -Ofast reorder float operations: build without them, with -O3"
+// Options that would give other text do not compile, as far as the compiler defines a macro for
+// them.
+#if defined(__FAST_MATH__) || __FINITE_MATH_ONLY__ || defined(__ASSOCIATIVE_MATH__) ||             \
+    defined(__RECIPROCAL_MATH__)
+#error "-ffast-math, -Ofast and parts of them change float operations: build without them, with -O3"
 #endif
 #if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16 // 16 is for _Float16, which is not used here
 #error "floats must not be computed as double or long double: on 32-bit x86 add -msse2 -mfpmath=sse"
@@ -87,7 +89,8 @@ typedef struct __attribute__((packed)) {
 
 typedef struct {
     int dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len; // of the header
-    int head_size, kv_dim; // dim / n_heads, n_kv_heads * head_size
+    int head_size, kv_dim;  // dim / n_heads, n_kv_heads * head_size
+    bool shared_classifier; // of the header
 } Config;
 
 // What the kernels read: PANEL_ROWS rows of a group, 4 columns of all rows side by side, so that
@@ -125,7 +128,7 @@ static Panel *panels_of(const QuantizedTensor *w, size_t row) {
 // Memory that is reserved as a whole, see reserve_memory().
 typedef struct {
     char *start;
-    size_t size; // bytes
+    uint64_t size; // bytes; 64 bits hold the size of any model, also where size_t has 32
 } Memory;
 
 // Matrices that have the same input are one tensor.
@@ -150,7 +153,7 @@ typedef struct {
     size_t width; // values per token
     int8_t *q;    // [token][width], -127..127
     float *s;     // [token][width / GROUP]
-    int32_t *sum; // [token][width / GROUP], 128 * the sum of the group's q
+    int32_t *sum; // [token][width / GROUP], 128 * the sum of the group's q: see add_step()
 } QuantizedActivations;
 
 typedef struct {
@@ -189,7 +192,8 @@ typedef struct {
 
     // out[head * stride + t] = q[head] . key[t] / sqrtf(head_size), sums in index order, for the
     // `heads` of q[heads][head_size], which share the keys, and t < kv_len. Entries up to a
-    // multiple of KEY_BLOCK are overwritten. Prefetches the keys `ahead` floats before their use.
+    // multiple of KEY_BLOCK are overwritten. Prefetches the keys `ahead` floats before their use
+    // (an address outside of the memory does no harm).
     void (*score)(float *out, size_t stride, const float *q, size_t heads, size_t head_size,
                   const float *keys, size_t kv_len, size_t ahead);
 
@@ -206,15 +210,15 @@ typedef struct {
     // out[i] = silu(gate[i]) * up[i], silu(h) = h * (1 / (1 + exp(-h))); n is a multiple of 8
     void (*swiglu)(float *out, const float *gate, const float *up, size_t n);
 
-    // x[i] = e to the power of x[i] - shift, by the definition of section 8, not by libm's expf.
+    // x[i] = e to the power of x[i] - shift, by the definition of section 9, not by libm's expf.
     // Returns the sum in index order. A part of softmax; in the table for the tests.
     float (*exp_minus)(float *x, size_t n, float shift);
 } Kernels;
 
-// 2^(i/32) for exp_minus(); see section 9.
+// 2^(i/32) for exp_minus(); see section 8.
 static const uint64_t exp_table[32];
 
-// The bodies are in section 8 of this file, which includes itself here once for each table: GCC and
+// The bodies are in section 9 of this file, which includes itself here once for each table: GCC and
 // clang have to know the target of a function when they compile it. A table is defined by
 //   ISA                its name
 //   LANES              floats of a vector register; with 8 AVX2 is used, with 16 AVX-512
@@ -373,7 +377,7 @@ typedef struct {
     size_t kv_ahead; // floats that attention prefetches ahead in the KV cache
 } Transformer;
 
-// Reports what is wrong with one of the two files, and what to do. Returns -1.
+// Reports what is wrong with model.bin or tokenizer.bin, and what to do. Returns -1.
 __attribute__((format(printf, 2, 3))) static int refuse_file(const char *path, const char *format,
                                                              ...) {
     char wrong[256];
@@ -387,17 +391,17 @@ __attribute__((format(printf, 2, 3))) static int refuse_file(const char *path, c
     return -1;
 }
 
-// Reports that there is not enough memory for something of one of the two files. Returns -1.
-static int refuse_for_memory(const char *path, const char *what, size_t size) {
+// Reports that there is not enough memory for something of model.bin or tokenizer.bin. Returns -1.
+static int refuse_for_memory(const char *path, const char *what, uint64_t size) {
     report_error(
-        "%s: there is not enough memory for %s (%zu bytes). End other programs, or allow this "
+        "%s: there is not enough memory for %s (%llu bytes). End other programs, or allow this "
         "one more: ulimit -v",
-        path, what, size);
+        path, what, (unsigned long long)size);
     return -1;
 }
 
-// One of the two files while it is read. The first error is reported and makes all later reads do
-// nothing, so that only the end has to be checked.
+// model.bin or tokenizer.bin while it is read. The first error is reported and makes all later
+// reads do nothing, so that only the end has to be checked.
 typedef struct {
     const char *path;
     FILE *stream;
@@ -426,13 +430,13 @@ static int open_model_file(ModelFile *file, const char *path) {
 static void read_bytes(ModelFile *file, void *to, size_t size) {
     if (file->failed || fread(to, 1, size, file->stream) == size) return;
     file->failed = true;
-    refuse_file(file->path, ferror(file->stream) ? "it cannot be read (%s)" : "it ends too early",
-                strerror(errno));
+    if (ferror(file->stream)) refuse_file(file->path, "it cannot be read (%s)", strerror(errno));
+    else refuse_file(file->path, "it ends too early");
 }
 
 // Reads the header into *c. Everything in it is hostile until checked. Returns 0, or -1 after one
 // line on stderr.
-static int read_header(Config *c, bool *shared_classifier, ModelFile *file) {
+static int read_header(Config *c, ModelFile *file) {
     const char *path = file->path;
     Header h;
     if (file->size < sizeof(h))
@@ -444,9 +448,14 @@ static int read_header(Config *c, bool *shared_classifier, ModelFile *file) {
         return refuse_file(path, "version %d of the format, but expected is 2 (int8)", h.version);
     if (h.group_size != GROUP)
         return refuse_file(path, "groups of %d weights, but expected are 64", h.group_size);
-    *shared_classifier = h.shared_classifier != 0;
-    *c = (Config){h.dim,        h.hidden_dim, h.n_layers, h.n_heads, h.n_kv_heads,
-                  h.vocab_size, h.seq_len,    0,          0};
+    *c = (Config){.dim = h.dim,
+                  .hidden_dim = h.hidden_dim,
+                  .n_layers = h.n_layers,
+                  .n_heads = h.n_heads,
+                  .n_kv_heads = h.n_kv_heads,
+                  .vocab_size = h.vocab_size,
+                  .seq_len = h.seq_len,
+                  .shared_classifier = h.shared_classifier != 0};
     if (c->dim < GROUP || c->dim > MAX_WIDTH || c->dim % GROUP != 0 || c->hidden_dim < GROUP ||
         c->hidden_dim > MAX_WIDTH || c->hidden_dim % GROUP != 0)
         return refuse_file(path,
@@ -472,35 +481,40 @@ static size_t count_norms(const Config *c) {
 }
 
 // The size in bytes that a model's file must have.
-static size_t expected_file_size(const Config *c, bool shared_classifier) {
-    size_t dim = c->dim, hidden_dim = c->hidden_dim, kv_dim = c->kv_dim, vocab_size = c->vocab_size;
-    size_t layer = 2 * dim * dim + 2 * kv_dim * dim + 3 * hidden_dim * dim;
-    size_t weights = vocab_size * dim * (shared_classifier ? 1 : 2) + c->n_layers * layer;
+static uint64_t expected_file_size(const Config *c) {
+    uint64_t dim = c->dim, hidden_dim = c->hidden_dim, kv_dim = c->kv_dim;
+    uint64_t vocab = c->vocab_size * dim, layer = 2 * dim * dim + 2 * kv_dim * dim;
+    layer += 3 * hidden_dim * dim;
+    uint64_t weights = vocab * (c->shared_classifier ? 1 : 2) + c->n_layers * layer;
     return sizeof(Header) + count_norms(c) * sizeof(float) + weights +
            weights / GROUP * sizeof(float);
 }
 
-// Reserves memory of the size that a layout has added up, and makes it empty for the second round.
-// It reads as zero. Returns 0, or -1 after reporting that there is not enough. The flags are
-// mmap(2)'s: MAP_NORESERVE for memory most of which is never written or resident.
+// A layout function runs twice. At first `start` is NULL: take_memory() only adds up the sizes and
+// returns NULL. Then reserve_memory() gets that many bytes, which are zero, and sets the size to 0,
+// and the second run takes the pieces.
+
+// Returns 0, or -1 after reporting that there is not enough memory. The flags are mmap(2)'s:
+// MAP_NORESERVE for memory most of which is never written or resident.
 static int reserve_memory(Memory *memory, const char *path, const char *what, int flags) {
     flags |= MAP_PRIVATE | MAP_ANONYMOUS;
-    void *start = mmap(NULL, memory->size, PROT_READ | PROT_WRITE, flags, -1, 0);
+    void *start = MAP_FAILED;
+    if (memory->size <= SIZE_MAX / 2)
+        start = mmap(NULL, (size_t)memory->size, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (start == MAP_FAILED) return refuse_for_memory(path, what, memory->size);
     *memory = (Memory){.start = start};
     return 0;
 }
 
-// Takes the next 64-byte aligned piece of some memory: `count` items of `size` bytes. A layout runs
-// twice: before reserve_memory() it only adds up the sizes, and the pieces are NULL.
-static void *take_memory(Memory *memory, size_t count, size_t size) {
+// Takes the next 64-byte aligned piece: `count` items of `size` bytes.
+static void *take_memory(Memory *memory, uint64_t count, size_t size) {
     void *piece = memory->start ? memory->start + memory->size : NULL;
-    memory->size += (count * size + 63) & ~(size_t)63;
+    memory->size += (count * size + 63) & ~(uint64_t)63;
     return piece;
 }
 
 static void release_memory(Memory *memory) {
-    if (memory->start) munmap(memory->start, memory->size);
+    if (memory->start) munmap(memory->start, (size_t)memory->size);
 }
 
 static QuantizedTensor take_tensor(Memory *memory, size_t rows, size_t cols) {
@@ -509,7 +523,7 @@ static QuantizedTensor take_tensor(Memory *memory, size_t rows, size_t cols) {
 }
 
 // Lays out the weights in the order in which a pass reads them.
-static void lay_out_weights(Weights *w, const Config *c, bool shared_classifier) {
+static void lay_out_weights(Weights *w, const Config *c) {
     Memory *memory = &w->memory;
     size_t dim = c->dim, kv_dim = c->kv_dim, hidden_dim = c->hidden_dim;
     for (Layer *l = w->layers; l < w->layers + c->n_layers; l++) {
@@ -519,7 +533,7 @@ static void lay_out_weights(Weights *w, const Config *c, bool shared_classifier)
         l->w2 = take_tensor(memory, dim, hidden_dim);
     }
     w->embedding = take_tensor(memory, c->vocab_size, dim);
-    w->classifier = shared_classifier ? w->embedding : take_tensor(memory, c->vocab_size, dim);
+    w->classifier = c->shared_classifier ? w->embedding : take_tensor(memory, c->vocab_size, dim);
     w->norms = take_memory(memory, count_norms(c), sizeof(float));
 }
 
@@ -565,11 +579,10 @@ static void read_weights(ModelFile *file, Weights *w, const Config *c) {
     for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->w2, 0, 0, dim);
     for (Layer *l = w->layers; l < end; l++)
         read_tensor(file, &l->w13, PANEL_ROWS, PANEL_ROWS, hidden_dim);
-    if (w->classifier.panels != w->embedding.panels)
-        read_tensor(file, &w->classifier, 0, 0, c->vocab_size);
+    if (!c->shared_classifier) read_tensor(file, &w->classifier, 0, 0, c->vocab_size);
 }
 
-static float *take_floats(Memory *memory, size_t count) {
+static float *take_floats(Memory *memory, uint64_t count) {
     return take_memory(memory, count, sizeof(float));
 }
 
@@ -606,7 +619,7 @@ static void lay_out_state(State *s, const Config *c) {
     size_t dim = c->dim, hidden_dim = c->hidden_dim, kv_dim = c->kv_dim;
     size_t widest = dim > hidden_dim ? dim : hidden_dim;
     s->max_kv_len = ((size_t)c->seq_len + CHUNK - 1) / CHUNK * CHUNK;
-    s->kv_cache = take_floats(memory, s->max_kv_len * 2 * kv_dim * c->n_layers);
+    s->kv_cache = take_floats(memory, (uint64_t)s->max_kv_len * 2 * kv_dim * c->n_layers);
     s->x = take_floats(memory, MAX_BATCH * dim);
     s->qkv = take_floats(memory, MAX_BATCH * (dim + 2 * kv_dim));
     s->xb = take_floats(memory, MAX_BATCH * dim);
@@ -619,7 +632,7 @@ static void lay_out_state(State *s, const Config *c) {
     for (int worker = 0; worker < MAX_THREADS; worker++) {
         s->own[worker] = take_activations(memory, 1, widest);
         s->normed[worker] = take_floats(memory, NORM_ROWS * dim);
-        s->att[worker] = take_floats(memory, c->n_heads * s->max_kv_len);
+        s->att[worker] = take_floats(memory, (uint64_t)c->n_heads * s->max_kv_len);
     }
     s->logits = take_floats(memory, MAX_BATCH * (size_t)c->vocab_size);
 }
@@ -638,15 +651,15 @@ static int build_state(State *s, const Config *c, const char *path) {
 }
 
 // Gets memory for the weights and reads them. Returns 0, or -1 after one line on stderr.
-static int build_weights(Weights *w, const Config *c, bool shared_classifier, ModelFile *file) {
+static int build_weights(Weights *w, const Config *c, ModelFile *file) {
     w->layers = calloc((size_t)c->n_layers, sizeof(Layer));
     if (w->layers == NULL)
         return refuse_for_memory(file->path, "its layers", c->n_layers * sizeof(Layer));
-    lay_out_weights(w, c, shared_classifier);
+    lay_out_weights(w, c);
     if (reserve_memory(&w->memory, file->path, "its weights", 0) < 0) return -1;
-    lay_out_weights(w, c, shared_classifier);
+    lay_out_weights(w, c);
     // Huge pages, if the kernel has some: the processor's prefetching stops at the end of a page.
-    madvise(w->memory.start, w->memory.size, MADV_HUGEPAGE);
+    madvise(w->memory.start, (size_t)w->memory.size, MADV_HUGEPAGE);
     read_weights(file, w, c);
     return file->failed ? -1 : 0;
 }
@@ -662,17 +675,13 @@ static void free_transformer(Transformer *t) {
 // afterwards. Returns 0, or -1 after one line on stderr, with nothing left to free.
 static int build_transformer(Transformer *t, const char *path) {
     ModelFile file;
-    bool shared_classifier = false;
     *t = (Transformer){.kernels = choose_kernels(), .kv_ahead = choose_kv_ahead()};
     if (t->kernels == NULL || open_model_file(&file, path) < 0) return -1;
-    int result = read_header(&t->config, &shared_classifier, &file);
-    if (result == 0) {
-        size_t expected = expected_file_size(&t->config, shared_classifier);
-        if (file.size != expected)
-            result =
-                refuse_file(path, "%zu bytes, but its header announces %zu", file.size, expected);
-    }
-    if (result == 0) result = build_weights(&t->weights, &t->config, shared_classifier, &file);
+    int result = read_header(&t->config, &file);
+    if (result == 0 && file.size != expected_file_size(&t->config))
+        result = refuse_file(path, "%zu bytes, but its header announces %llu", file.size,
+                             (unsigned long long)expected_file_size(&t->config));
+    if (result == 0) result = build_weights(&t->weights, &t->config, &file);
     if (result == 0) result = build_state(&t->state, &t->config, path);
     fclose(file.stream);
     if (result < 0) free_transformer(t);
@@ -1051,7 +1060,7 @@ static Item pop(Item *heap, int *count) {
     return top;
 }
 
-// Pairs of gap and length; see section 9.
+// Pairs of gap and length; see section 8.
 static const uint16_t letter_ranges[1320], number_ranges[274], space_ranges[20];
 
 static void mark_class(uint8_t *class_of, uint8_t class, const uint16_t *ranges, size_t count) {
@@ -1096,22 +1105,25 @@ static int compare_bytes(const void *left, const void *right) {
 
 // Returns the id of the token of these bytes, or -1.
 static int find_token(const Tokenizer *t, const char *bytes, int length) {
-    const Token token = {.bytes = bytes, .length = length}, *key = &token;
+    const Token token = {.bytes = bytes, .length = length};
+    const Token *key = &token; // bsearch(3) compares pointers to tokens, as they are in sorted
     const Token **found = bsearch(&key, t->sorted, t->sorted_count, sizeof(Token *), compare_bytes);
     return found ? (int)(*found - t->tokens) : -1;
 }
 
-// Sorts the tokens for find_token(). Of equal ones it finds the one with the lowest id.
+// Sorts the tokens for find_token(). Of tokens with the same bytes only the first id is kept.
 static void sort_tokens(Tokenizer *t) {
+    size_t count = 0; // of different tokens, in sorted[0..count)
     for (int id = 0; id < t->vocab_size; id++) t->sorted[id] = &t->tokens[id];
     qsort(t->sorted, (size_t)t->vocab_size, sizeof(Token *), compare_bytes);
-    const Token **end = t->sorted;
     for (int i = 0; i < t->vocab_size; i++) {
         const Token *token = t->sorted[i];
-        if (end == t->sorted || compare_bytes(&end[-1], &token) != 0) *end++ = token;
-        else if (token < end[-1]) end[-1] = token;
+        if (count == 0 || compare_bytes(&t->sorted[count - 1], &token) != 0)
+            t->sorted[count++] = token;
+        else if (token < t->sorted[count - 1])
+            t->sorted[count - 1] = token; // qsort(3) mixes equals
     }
-    t->sorted_count = (size_t)(end - t->sorted);
+    t->sorted_count = count;
 }
 
 static void free_tokenizer(Tokenizer *t) {
@@ -1678,7 +1690,7 @@ static int generate(Session *s, const char *prompt, size_t length) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// 9  Tables
+// 8  Tables
 
 // bits(2^(i/32), correctly rounded) - (i << 47): adding k << 47 for k = 32 * n + i gives 2^(k/32).
 // The table of glibc's expf (sysdeps/ieee754/flt-32/e_exp2f_data.c).
@@ -1767,7 +1779,7 @@ static const uint16_t space_ranges[20] = {
 
 #elif defined(ISA) // end of the first reading; from here on it is read for each instruction set
 // ------------------------------------------------------------------------------------------------
-// 8  Kernel bodies
+// 9  Kernel bodies
 //
 // Written with the vector extensions of GCC and clang (a vector type's operators work lane by
 // lane), for registers of LANES floats. Section 2 lists what else defines a table.
@@ -1795,7 +1807,7 @@ typedef VECTOR(uint64_t, 4 * LANES) NAME(longs);
 #define LOAD(type, address) (*(const type *)(address))
 #define STORE(type, address, value) (*(type *)(address) = (value))
 
-// 4 bytes in all lanes
+// The 4 bytes at an address, in all lanes
 INLINE ints NAME(broadcast)(const void *four) {
     int32_t word;
     memcpy(&word, four, sizeof(word));
@@ -1841,7 +1853,7 @@ INLINE doubles NAME(widen)(half x) {
 }
 
 // e^x as glibc's expf computes it where there is no FMA, all in double and rounded once at the end:
-// x = k * ln2 / 32 + r, e^x = 2^(k/32) * a cubic polynomial of r. Right to 0.502 ulp.
+// x = k * ln2 / 32 + r, e^x = 2^(k/32) * a cubic polynomial of r. The error is at most 0.502 ulp.
 INLINE half NAME(exp_half)(half x) {
     const double C0 = 0x1.c6af84b912394p-5 / 32768, C1 = 0x1.ebfce50fac4f3p-3 / 1024;
     const double C2 = 0x1.62e42ff0c52d6p-1 / 32, shift = 0x1.8p52; // adding it rounds to an integer
@@ -1916,9 +1928,9 @@ KERNEL void NAME(quantize)(QuantizedActivations *out, size_t token, const float 
         out->s[g] = out->s[g] / 127;
         float scale = out->s[g] != 0 ? out->s[g] : INFINITY; // then all q are 0
         for (int i = 0; i < GROUP; i++) {
-            float t = x[i] / scale, size = fabsf(t) + 0x1.fffffep-2f;
-            size = size < 127 ? size : 127; // also limits a NaN
-            q[i] = (int8_t)copysignf(size, t);
+            float t = x[i] / scale, magnitude = fabsf(t) + 0x1.fffffep-2f;
+            magnitude = magnitude < 127 ? magnitude : 127; // also limits a NaN
+            q[i] = (int8_t)copysignf(magnitude, t);
             sum += q[i];
         }
         out->sum[g] = 128 * sum;
@@ -1940,7 +1952,8 @@ INLINE void NAME(score_block)(float *out, size_t stride, const float *q, const s
     for (size_t i = 0; i < head_size; i++, keys += KEY_BLOCK)
         for (int v = 0; v < VECTORS; v++) {
             if (v * LANES % LINE_FLOATS == 0) __builtin_prefetch(keys + v * LANES + ahead, 0, 2);
-            floats k = LOAD(volatile floats, keys + v * LANES); // once for all heads
+            floats k =
+                LOAD(volatile floats, keys + v * LANES); // volatile: loaded once, not for each head
             for (size_t head = 0; head < heads; head++)
                 sum[head][v] = sum[head][v] + k * q[head * head_size + i];
         }
@@ -1965,7 +1978,7 @@ KERNEL void NAME(score)(float *out, size_t stride, const float *q, size_t heads,
         }
 }
 
-// Dimensions that go together: 64, or half of them in the smallest registers.
+// Vectors of dimensions that go together: 64 dimensions, or 32 in the smallest registers.
 #define MIX_VECTORS (LANES == 16 ? 4 : 8)
 
 // Some vectors of dimensions of a block's values.
@@ -1990,10 +2003,9 @@ INLINE void NAME(mix_vectors)(float *out, const float *weight, size_t stride, co
 
 INLINE void NAME(mix_block)(float *out, const float *weight, size_t stride, const size_t heads,
                             size_t head_size, const float *values, size_t n, size_t ahead) {
-    const size_t all = MIX_VECTORS;
     size_t i = 0;
-    for (; i + all * LANES <= head_size; i += all * LANES)
-        NAME(mix_vectors)(out + i, weight, stride, heads, head_size, values + i, n, ahead, all);
+    for (; i + MIX_VECTORS * LANES <= head_size; i += MIX_VECTORS * LANES) NAME(mix_vectors)
+    (out + i, weight, stride, heads, head_size, values + i, n, ahead, MIX_VECTORS);
     for (; i + LANES <= head_size; i += LANES)
         NAME(mix_vectors)(out + i, weight, stride, heads, head_size, values + i, n, ahead, 1);
     for (; i < head_size; i++)
@@ -2022,17 +2034,12 @@ KERNEL void NAME(mix)(float *out, const float *weight, size_t stride, size_t hea
 }
 
 // A tile is the rows of some panels times some tokens.
-#if LANES == 16
-#define MAX_SUMS 12 // vectors of integer sums that stay in registers
-#define TILE_TOKENS 6
-#else
-#define MAX_SUMS 8
-#define TILE_TOKENS 4
-#endif
+#define MAX_SUMS (LANES == 16 ? 12 : 8) // vectors of integer sums that stay in registers
+#define TILE_TOKENS (LANES == 16 ? 6 : 4)
 #define PANEL_VECTORS (PANEL_ROWS / LANES)
 typedef floats NAME(Sums)[TILE_TOKENS][PANEL_VECTORS]; // of a panel
 
-// How many of a tile's panels are multiplied together: as many as there are registers for.
+// How many of a tile's panels are multiplied together: all, 2 or 1, as there are registers for.
 INLINE size_t NAME(joint_panels)(size_t panels, size_t tokens) {
     const size_t most = MAX_SUMS / (PANEL_VECTORS * tokens);
     return most >= panels ? panels : most >= 2 ? 2 : 1;
@@ -2187,8 +2194,6 @@ static const Kernels NAME(kernels) = {
 #undef half
 #undef doubles
 #undef longs
-#undef MAX_SUMS
-#undef TILE_TOKENS
 #undef ISA
 #undef LANES
 #undef TARGET

@@ -54,9 +54,9 @@ static float *random_floats(uint64_t *random, float *to, size_t count, float lim
 
 // Writes a model with random weights; the header's shape is *c. Scales are up to `limit`; with a
 // limit up to 1 no number that is computed is infinite.
-static void write_model(const Config *c, bool shared_classifier, uint64_t seed, float limit) {
+static void write_model(const Config *c, uint64_t seed, float limit) {
     uint64_t random = seed + 1;
-    size_t size = expected_file_size(c, shared_classifier);
+    size_t size = expected_file_size(c);
     const Header header = {.magic = MODEL_MAGIC,
                            .version = MODEL_VERSION,
                            .dim = c->dim,
@@ -66,7 +66,7 @@ static void write_model(const Config *c, bool shared_classifier, uint64_t seed, 
                            .n_kv_heads = c->n_kv_heads,
                            .vocab_size = c->vocab_size,
                            .seq_len = c->seq_len,
-                           .shared_classifier = shared_classifier,
+                           .shared_classifier = c->shared_classifier,
                            .group_size = GROUP};
     char *model = calloc(1, size);
     memcpy(model, &header, sizeof(header));
@@ -76,7 +76,7 @@ static void write_model(const Config *c, bool shared_classifier, uint64_t seed, 
     size_t tensors[] = {embedding,        dim * dim,        dim * kv_dim,
                         dim * kv_dim,     dim * dim,        dim * hidden_dim,
                         dim * hidden_dim, dim * hidden_dim, embedding};
-    for (int i = 0; i < 9 - shared_classifier; i++)
+    for (int i = 0; i < 9 - c->shared_classifier; i++)
         for (size_t layer = 0; layer < (i % 8 ? layers : 1); layer++) {
             int8_t *q = (int8_t *)end;
             for (size_t at = 0; at < tensors[i]; at++) q[at] = (int8_t)random_u32(&random);
@@ -126,7 +126,8 @@ static void fuzz_model(Input *in) {
 // A good model.bin, of which some bytes are changed and the length perhaps, too
 static void fuzz_damage(Input *in) {
     Config c = take_shape(in);
-    write_model(&c, take(in) % 2, 0, 0.01f);
+    c.shared_classifier = take(in) % 2;
+    write_model(&c, 0, 0.01f);
     off_t size = lseek(file, 0, SEEK_END), longer = (int8_t)take(in);
     if (longer != 0) require(ftruncate(file, size + longer) == 0, "no memory");
     while (in->size > 0) {
@@ -331,7 +332,8 @@ static void fuzz_forward(Input *in) {
     Config c = take_shape(in);
     const Kernels *usable[MAX_TABLES];
     int count = usable_kernels(usable), table = take(in) % count, kind = take(in);
-    write_model(&c, kind % 2, (uint64_t)take(in), kind % 4 < 2 ? 0.01f : kind < 128 ? 1 : 1e-30f);
+    c.shared_classifier = kind % 2;
+    write_model(&c, (uint64_t)take(in), kind % 4 < 2 ? 0.01f : kind < 128 ? 1 : 1e-30f);
     Transformer t;
     OracleModel oracle;
     require(build_transformer(&t, path) == 0, "a good model is refused");
@@ -381,7 +383,8 @@ static void fuzz_chat(Input *in) {
     Config c = take_shape(in);
     int length, plain_length, draft_tokens = 1 + take(in) % 15;
     c.vocab_size = tiny.vocab_size;
-    write_model(&c, true, (uint64_t)take(in), take(in) % 2 ? 1 : 0.01f);
+    c.shared_classifier = true;
+    write_model(&c, (uint64_t)take(in), take(in) % 2 ? 1 : 0.01f);
     int *ids = chat(*in, &c, draft_tokens, &length), *plain = chat(*in, &c, 0, &plain_length);
     require(length == plain_length && memcmp(ids, plain, (size_t)length * sizeof(int)) == 0,
             "drafts have changed the text");

@@ -617,7 +617,7 @@ static void measure_memory(const char *path) {
     for (int i = 0; i < 32; i++) forward(&t, &(int){i * (t.config.vocab_size / 32)}, 1, i);
     end_engine_threads();
     getrusage(RUSAGE_SELF, &usage);
-    printf("%ld %zu\n", usage.ru_maxrss, t.weights.memory.size / 1024);
+    printf("%ld %zu\n", usage.ru_maxrss, (size_t)t.weights.memory.size / 1024);
     free_transformer(&t);
 }
 

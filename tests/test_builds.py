@@ -86,10 +86,16 @@ class BuildTest(SessionTestCase):
         self.assertRegex(result.stdout, "error: .*" + advice)
 
     def test_reordered_float_operations_are_refused(self):
-        """-ffast-math, also as a part of -Ofast, gives other text: it does not compile."""
-        for option in ("-ffast-math", "-Ofast"):
-            with self.subTest(option):
-                self.assert_refused("build without", *COMPILER, option)
+        """-ffast-math, also as a part of -Ofast, gives other text: it does not compile. Nor do the
+        parts of it for which the compiler defines a macro.
+        """
+        options = [["-ffast-math"], ["-Ofast"], ["-ffinite-math-only"]]
+        if "clang" not in COMPILER[0]:
+            options += [["-freciprocal-math"],
+                        ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]]
+        for each in options:
+            with self.subTest(each):
+                self.assert_refused("build without", *COMPILER, *each)
 
     def test_x87_arithmetic_is_refused(self):
         """32-bit x86 without SSE arithmetic gives other text: it does not compile, and the message

@@ -164,6 +164,16 @@ class HostileFileTest(BadFileTestCase):
         self.add(header_of(config), layout(config)["end"])
         self.assertEqual(self.load_all(), [False, False])
 
+    def test_a_huge_window(self):
+        """The KV cache of a small model may need 2^32 bytes: no size wraps where size_t has 32 bits,
+        so the model is loaded or there is not enough memory.
+        """
+        for n_layers in (8, 16, 1):
+            config = {**GOOD, "dim": 64, "hidden_dim": 64, "n_layers": n_layers, "n_heads": 16,
+                      "n_kv_heads": 16, "seq_len": 1 << 20}
+            self.add(header_of(config), layout(config)["end"])
+        self.load_all()
+
     def test_random_damage(self):
         """Random bytes in a header, or random sound and unsound fields, never do any harm."""
         rng = random.Random(7)
