@@ -26,8 +26,9 @@
 // shares. So a worker that loses its CPU delays the others by one piece, and one that wakes late
 // finds the pieces done and goes on to the next step.
 
-// The lower bits of WorkerSlot.claims are a piece: a step has at most MAX_VOCAB / 32.
-// The other 44 count the steps, which takes a year at 500,000 steps per second.
+// The lower bits of WorkerSlot.claims are a piece: a step has at most MAX_VOCAB / 32, as
+// rows_per_piece() is not less. The other 44 count the steps, which takes a year at 500,000 steps
+// per second.
 #define PIECE_BITS 20
 
 typedef struct {
