@@ -483,9 +483,8 @@ static size_t count_norms(const Config *c) {
 // The size in bytes that a model's file must have.
 static uint64_t expected_file_size(const Config *c) {
     uint64_t dim = c->dim, hidden_dim = c->hidden_dim, kv_dim = c->kv_dim;
-    uint64_t vocab = c->vocab_size * dim, layer = 2 * dim * dim + 2 * kv_dim * dim;
-    layer += 3 * hidden_dim * dim;
-    uint64_t weights = vocab * (c->shared_classifier ? 1 : 2) + c->n_layers * layer;
+    uint64_t layer = 2 * dim * dim + 2 * kv_dim * dim + 3 * hidden_dim * dim;
+    uint64_t weights = c->vocab_size * dim * (c->shared_classifier ? 1 : 2) + c->n_layers * layer;
     return sizeof(Header) + count_norms(c) * sizeof(float) + weights +
            weights / GROUP * sizeof(float);
 }
