@@ -105,7 +105,7 @@ typedef struct {
 
 // The panels of a tensor lie in STREAMS parts, one behind the other, and its rows of panels belong
 // to the parts 0, 1, 2, 3, 0 ... So a kernel that takes STREAMS panels at a time reads memory in
-// STREAMS runs, each in the order of the addresses; with a single one, decoding takes 1.25 times as
+// STREAMS runs, each in the order of the addresses; with a single one, decoding takes 1.2 times as
 // long (Zen 3, AVX2).
 #define STREAMS 4
 #define STREAM_ROWS (STREAMS * PANEL_ROWS) // of one panel in each stream
@@ -153,7 +153,7 @@ typedef struct {
     size_t width; // values per token
     int8_t *q;    // [token][width], -127..127
     float *s;     // [token][width / GROUP]
-    int32_t *sum; // [token][width / GROUP], 128 * the sum of the group's q: see add_step()
+    int32_t *sum; // [token][width / GROUP], 128 * the sum of the group's q
 } QuantizedActivations;
 
 typedef struct {
@@ -223,8 +223,8 @@ static const uint64_t exp_table[32];
 //   ISA                its name
 //   LANES              floats of a vector register; with 8 AVX2 is used, with 16 AVX-512
 //   TARGET             the attribute of its functions
-//   DOT4(sum, w, x)    to each lane of sum, adds the products of 4 bytes of w and of x, if the
-//                      instruction set has an integer dot product
+//   DOT4(sum, w, x)    to each lane of sum, adds the products of 4 bytes of w and of x; the
+//                      portable table does without
 //   UNSIGNED_WEIGHTS   1 if DOT4 takes the bytes of w as unsigned
 #define ISA portable
 #define LANES 4
@@ -1951,8 +1951,7 @@ INLINE void NAME(score_block)(float *out, size_t stride, const float *q, const s
     for (size_t i = 0; i < head_size; i++, keys += KEY_BLOCK)
         for (int v = 0; v < VECTORS; v++) {
             if (v * LANES % LINE_FLOATS == 0) __builtin_prefetch(keys + v * LANES + ahead, 0, 2);
-            floats k =
-                LOAD(volatile floats, keys + v * LANES); // volatile: loaded once, not for each head
+            floats k = LOAD(volatile floats, keys + v * LANES); // or loaded for each head again
             for (size_t head = 0; head < heads; head++)
                 sum[head][v] = sum[head][v] + k * q[head * head_size + i];
         }
@@ -2002,9 +2001,10 @@ INLINE void NAME(mix_vectors)(float *out, const float *weight, size_t stride, co
 
 INLINE void NAME(mix_block)(float *out, const float *weight, size_t stride, const size_t heads,
                             size_t head_size, const float *values, size_t n, size_t ahead) {
+    const size_t all = MIX_VECTORS;
     size_t i = 0;
-    for (; i + MIX_VECTORS * LANES <= head_size; i += MIX_VECTORS * LANES) NAME(mix_vectors)
-    (out + i, weight, stride, heads, head_size, values + i, n, ahead, MIX_VECTORS);
+    for (; i + all * LANES <= head_size; i += all * LANES)
+        NAME(mix_vectors)(out + i, weight, stride, heads, head_size, values + i, n, ahead, all);
     for (; i + LANES <= head_size; i += LANES)
         NAME(mix_vectors)(out + i, weight, stride, heads, head_size, values + i, n, ahead, 1);
     for (; i < head_size; i++)
