@@ -362,9 +362,9 @@ typedef struct {
     QuantizedActivations shared; // of all tokens of a pass
     QuantizedActivations own[MAX_THREADS]; // of the only token of a pass
     float *normed[MAX_THREADS];            // [NORM_ROWS][dim], between rmsnorm() and quantize()
-    float *att[MAX_THREADS];               // [n_heads][max_kv_len]
+    float *att[MAX_THREADS];               // [n_heads / n_kv_heads][max_kv_len]
     float *frequency;                      // [head_size / 2], radians per position
-    float *kv_cache;                       // see kv_chunk()
+    float *kv_cache;                       // see keys_of()
     size_t max_kv_len;                     // positions that the KV cache has room for
     Memory memory;                         // holds all of them
 } State;
@@ -596,27 +596,29 @@ static QuantizedActivations take_activations(Memory *memory, size_t tokens, size
 
 #define CHUNK 256 // positions
 
-// What the KV cache holds of one KV head of a layer from a multiple of CHUNK on.
-typedef struct {
-    float *keys;   // in blocks of KEY_BLOCK positions
-    float *values; // [CHUNK][head_size]
-} KvChunk;
+// The KV cache is [position / CHUNK][layer][keys, values][kv_head][CHUNK][head_size]: a short chat
+// occupies only the beginning of it, and yet what a worker reads for a head of a layer lies
+// together.
 
-// Returns the chunk that holds a position. The cache is [position / CHUNK][layer][keys, values]
-// [kv_head]: a short chat occupies only the beginning of it, and yet the keys that a worker needs
-// for a head of a layer lie together, and so do the values.
-static KvChunk kv_chunk(const State *s, const Config *c, size_t layer, size_t kv_head,
+// Returns the block of keys [head_size][KEY_BLOCK] of a KV head of a layer that holds a position.
+static float *keys_of(const State *s, const Config *c, size_t layer, size_t kv_head,
+                      size_t position) {
+    size_t chunk = ((position / CHUNK * c->n_layers + layer) * 2) * c->n_kv_heads + kv_head;
+    return s->kv_cache + (chunk * CHUNK + position % CHUNK / KEY_BLOCK * KEY_BLOCK) * c->head_size;
+}
+
+// Returns the values [head_size] of a position.
+static float *values_of(const State *s, const Config *c, size_t layer, size_t kv_head,
                         size_t position) {
-    size_t size = CHUNK * (size_t)c->kv_dim; // floats
-    size_t number = position / CHUNK * c->n_layers + layer;
-    float *keys = s->kv_cache + number * 2 * size + kv_head * CHUNK * c->head_size;
-    return (KvChunk){keys, keys + size};
+    size_t chunk = ((position / CHUNK * c->n_layers + layer) * 2 + 1) * c->n_kv_heads + kv_head;
+    return s->kv_cache + (chunk * CHUNK + position % CHUNK) * c->head_size;
 }
 
 static void lay_out_state(State *s, const Config *c) {
     Memory *memory = &s->memory;
     size_t dim = c->dim, hidden_dim = c->hidden_dim, kv_dim = c->kv_dim;
     size_t widest = dim > hidden_dim ? dim : hidden_dim;
+    size_t heads_per_kv_head = c->n_heads / c->n_kv_heads;
     s->max_kv_len = ((size_t)c->seq_len + CHUNK - 1) / CHUNK * CHUNK;
     s->kv_cache = take_floats(memory, (uint64_t)s->max_kv_len * 2 * kv_dim * c->n_layers);
     s->x = take_floats(memory, MAX_BATCH * dim);
@@ -631,7 +633,7 @@ static void lay_out_state(State *s, const Config *c) {
     for (int worker = 0; worker < MAX_THREADS; worker++) {
         s->own[worker] = take_activations(memory, 1, widest);
         s->normed[worker] = take_floats(memory, NORM_ROWS * dim);
-        s->att[worker] = take_floats(memory, (uint64_t)c->n_heads * s->max_kv_len);
+        s->att[worker] = take_floats(memory, (uint64_t)heads_per_kv_head * s->max_kv_len);
     }
     s->logits = take_floats(memory, MAX_BATCH * (size_t)c->vocab_size);
 }
@@ -833,18 +835,16 @@ static void store_keys_and_values(const Pass *pass, size_t layer, Range rows) {
     const State *s = &pass->transformer->state;
     size_t head_size = c->head_size, n_heads = c->n_heads, n_kv_heads = c->n_kv_heads;
     for (size_t token = 0; token < pass->n; token++) {
-        size_t position = pass->pos + token, in_chunk = position % CHUNK, end;
+        size_t position = pass->pos + token, end;
         const float *qkv = s->qkv + token * (c->dim + 2 * c->kv_dim);
         for (size_t r = rows.first; r < rows.last; r = end) {
             size_t head = r / head_size, i = r % head_size; // query, key and value heads
             end = min_size((head + 1) * head_size, rows.last);
             if (head < n_heads) continue;
-            KvChunk chunk = kv_chunk(s, c, layer, (head - n_heads) % n_kv_heads, position);
-            float *key = chunk.keys + in_chunk / KEY_BLOCK * KEY_BLOCK * head_size;
-            float *value = chunk.values + in_chunk * head_size;
-            bool is_key = head < n_heads + n_kv_heads;
+            float *key = keys_of(s, c, layer, (head - n_heads) % n_kv_heads, position);
+            float *value = values_of(s, c, layer, (head - n_heads) % n_kv_heads, position);
             for (; r < end; r++, i++)
-                if (is_key) key[i * KEY_BLOCK + in_chunk % KEY_BLOCK] = qkv[r];
+                if (head < n_heads + n_kv_heads) key[i * KEY_BLOCK + position % KEY_BLOCK] = qkv[r];
                 else value[i] = qkv[r];
         }
     }
@@ -857,30 +857,24 @@ static void multi_head_attn(const Pass *pass, size_t layer, size_t token, Range 
     const Config *c = &pass->transformer->config;
     const State *s = &pass->transformer->state;
     const Kernels *kernels = pass->transformer->kernels;
+    size_t ahead = pass->transformer->kv_ahead, stride = s->max_kv_len;
     size_t head_size = c->head_size, heads_per_kv_head = c->n_heads / c->n_kv_heads;
-    size_t stride = s->max_kv_len, kv_len = pass->pos + token + 1, end;
-    const float *q = s->qkv + token * (c->dim + 2 * c->kv_dim);
-    float *out = s->xb + token * c->dim;
+    size_t kv_len = pass->pos + token + 1;
 
-    for (size_t t = 0; t < kv_len; t += CHUNK)
-        for (size_t head = heads.first; head < heads.last; head = end) {
-            size_t kv_head = head / heads_per_kv_head;
-            end = min_size((kv_head + 1) * heads_per_kv_head, heads.last);
-            kernels->score(att + head * stride + t, stride, q + head * head_size, end - head,
-                           head_size, kv_chunk(s, c, layer, kv_head, t).keys,
-                           min_size(kv_len - t, CHUNK), pass->transformer->kv_ahead);
-        }
-    for (size_t head = heads.first; head < heads.last; head++)
-        kernels->softmax(att + head * stride, kv_len);
-    for (size_t i = heads.first * head_size; i < heads.last * head_size; i++) out[i] = 0;
-    for (size_t t = 0; t < kv_len; t += CHUNK)
-        for (size_t head = heads.first; head < heads.last; head = end) {
-            size_t kv_head = head / heads_per_kv_head;
-            end = min_size((kv_head + 1) * heads_per_kv_head, heads.last);
-            kernels->mix(out + head * head_size, att + head * stride + t, stride, end - head,
-                         head_size, kv_chunk(s, c, layer, kv_head, t).values,
-                         min_size(kv_len - t, CHUNK), pass->transformer->kv_ahead);
-        }
+    for (size_t head = heads.first, end; head < heads.last; head = end) {
+        size_t kv_head = head / heads_per_kv_head;
+        end = min_size((kv_head + 1) * heads_per_kv_head, heads.last);
+        const float *q = s->qkv + token * (c->dim + 2 * c->kv_dim) + head * head_size;
+        float *out = s->xb + token * c->dim + head * head_size;
+        for (size_t t = 0; t < kv_len; t += CHUNK)
+            kernels->score(att + t, stride, q, end - head, head_size,
+                           keys_of(s, c, layer, kv_head, t), min_size(kv_len - t, CHUNK), ahead);
+        for (size_t i = 0; i < end - head; i++) kernels->softmax(att + i * stride, kv_len);
+        memset(out, 0, (end - head) * head_size * sizeof(float));
+        for (size_t t = 0; t < kv_len; t += CHUNK)
+            kernels->mix(out, att + t, stride, end - head, head_size,
+                         values_of(s, c, layer, kv_head, t), min_size(kv_len - t, CHUNK), ahead);
+    }
 }
 
 // x[i] = row `token` of the embedding as floats
@@ -1791,18 +1785,18 @@ static const uint16_t space_ranges[20] = {
 
 // Vectors that fill one register. They may lie at any address, and over memory of other types.
 #define VECTOR(type, size) type __attribute__((vector_size(size), aligned(sizeof(type)), may_alias))
-typedef VECTOR(float, 4 * LANES) NAME(floats);
-typedef VECTOR(int32_t, 4 * LANES) NAME(ints);
-typedef VECTOR(int16_t, 4 * LANES) NAME(shorts);
-typedef VECTOR(float, 2 * LANES) NAME(half);     // half a register of floats ...
-typedef VECTOR(double, 4 * LANES) NAME(doubles); // ... and as many doubles
-typedef VECTOR(uint64_t, 4 * LANES) NAME(longs);
 #define floats NAME(floats)
 #define ints NAME(ints)
 #define shorts NAME(shorts)
 #define half NAME(half)
 #define doubles NAME(doubles)
 #define longs NAME(longs)
+typedef VECTOR(float, 4 * LANES) floats;
+typedef VECTOR(int32_t, 4 * LANES) ints;
+typedef VECTOR(int16_t, 4 * LANES) shorts;
+typedef VECTOR(float, 2 * LANES) half;     // half a register of floats ...
+typedef VECTOR(double, 4 * LANES) doubles; // ... and as many doubles
+typedef VECTOR(uint64_t, 4 * LANES) longs;
 #define LOAD(type, address) (*(const type *)(address))
 #define STORE(type, address, value) (*(type *)(address) = (value))
 
@@ -1814,53 +1808,26 @@ INLINE ints NAME(broadcast)(const void *four) {
 }
 
 // Lane by lane: where the mask (all ones or all zeros) is set, a; elsewhere b.
-#define SELECT(type, masks, mask, a, b) ((type)(((mask) & (masks)(a)) | (~(mask) & (masks)(b))))
-
-// exp_table at LANES / 2 indices, of which the lowest 5 bits count
-INLINE longs NAME(look_up)(longs i) {
-#if LANES == 16
-    // The table is 4 registers; bit 4 of the index chooses a pair of them.
-    const __m512i *table = (const __m512i *)exp_table;
-    __m512i low = _mm512_permutex2var_epi64(_mm512_loadu_si512(table), (__m512i)i,
-                                            _mm512_loadu_si512(table + 1));
-    __m512i high = _mm512_permutex2var_epi64(_mm512_loadu_si512(table + 2), (__m512i)i,
-                                             _mm512_loadu_si512(table + 3));
-    return (longs)_mm512_mask_blend_epi64(_mm512_test_epi64_mask((__m512i)i, _mm512_set1_epi64(16)),
-                                          low, high);
-#elif LANES == 8
-    return (longs)_mm256_i64gather_epi64((const long long *)exp_table, (__m256i)(i & 31), 8);
-#else
-    return (longs){exp_table[i[0] & 31], exp_table[i[1] & 31]};
-#endif
-}
-
-// x as doubles, kept within limits beyond which e^x as a float is infinite or 0 in any case. A NaN
-// stays one: of two operands that do not compare, min and max take the second.
-INLINE doubles NAME(widen)(half x) {
-    const float most = 89, least = -110;
-#if LANES == 16
-    __m256 limited = _mm256_min_ps(_mm256_set1_ps(most), (__m256)x);
-    return (doubles)_mm512_cvtps_pd(_mm256_max_ps(_mm256_set1_ps(least), limited));
-#elif LANES == 8
-    __m128 limited = _mm_min_ps(_mm_set1_ps(most), (__m128)x);
-    return (doubles)_mm256_cvtps_pd(_mm_max_ps(_mm_set1_ps(least), limited));
-#else
-    doubles wide = __builtin_convertvector(x, doubles);
-    wide = SELECT(doubles, longs, (longs)(wide > most), (doubles){0} + most, wide);
-    return SELECT(doubles, longs, (longs)(wide < least), (doubles){0} + least, wide);
-#endif
-}
+#define SELECT(mask, a, b)                                                                         \
+    ((__typeof__(a))(((mask) & (__typeof__(mask))(a)) | (~(mask) & (__typeof__(mask))(b))))
 
 // e^x as glibc's expf computes it where there is no FMA, all in double and rounded once at the end:
 // x = k * ln2 / 32 + r, e^x = 2^(k/32) * a cubic polynomial of r. The error is at most 0.502 ulp.
 INLINE half NAME(exp_half)(half x) {
     const double C0 = 0x1.c6af84b912394p-5 / 32768, C1 = 0x1.ebfce50fac4f3p-3 / 1024;
     const double C2 = 0x1.62e42ff0c52d6p-1 / 32, shift = 0x1.8p52; // adding it rounds to an integer
-    doubles z = NAME(widen)(x) * 0x1.71547652b82fep+5;
+    // Beyond these limits e^x as a float is infinite or 0 in any case. A NaN stays one.
+    const doubles most = (doubles){0} + 89, least = (doubles){0} - 110;
+    doubles wide = __builtin_convertvector(x, doubles);
+    wide = SELECT(wide > most, most, wide);
+    wide = SELECT(wide < least, least, wide);
+
+    doubles z = wide * 0x1.71547652b82fep+5;
     doubles k = z + shift;
     doubles r = z - (k - shift);
-    longs bits = (longs)k;
-    doubles s = (doubles)(NAME(look_up)(bits) + (bits << 47));
+    longs bits = (longs)k, table;
+    for (int lane = 0; lane < LANES / 2; lane++) table[lane] = exp_table[bits[lane] & 31];
+    doubles s = (doubles)(table + (bits << 47));
     doubles y = ((C0 * r + C1) * (r * r) + (C2 * r + 1)) * s;
     return __builtin_convertvector(y, half);
 }
@@ -1888,7 +1855,7 @@ INLINE float NAME(maximum)(const float *x, size_t n) {
     size_t i = 0;
     for (; i + LANES <= n; i += LANES) {
         floats next = LOAD(floats, x + i);
-        most = SELECT(floats, ints, next > most, next, most);
+        most = SELECT(next > most, next, most);
     }
     for (int lane = 0; lane < LANES; lane++)
         greatest = most[lane] > greatest ? most[lane] : greatest;
@@ -2187,12 +2154,6 @@ static const Kernels NAME(kernels) = {
 };
 
 // The other macros are the same for every instruction set.
-#undef floats
-#undef ints
-#undef shorts
-#undef half
-#undef doubles
-#undef longs
 #undef ISA
 #undef LANES
 #undef TARGET
