@@ -411,20 +411,13 @@ typedef struct {
 
 // Opens a file for reading. Returns 0, or -1 after reporting why not.
 static int open_model_file(ModelFile *file, const char *path) {
-    struct stat status;
-    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC); // a FIFO does not block the open
-    *file = (ModelFile){.path = path, .stream = fd >= 0 ? fdopen(fd, "r") : NULL};
-    if (file->stream == NULL) {
-        refuse_file(path, "%s", strerror(errno));
-        if (fd >= 0) close(fd);
-        return -1;
-    }
-    if (fstat(fd, &status) < 0 || !S_ISREG(status.st_mode)) {
-        fclose(file->stream);
+    struct stat status = {0};
+    *file = (ModelFile){.path = path};
+    if (stat(path, &status) == 0 && !S_ISREG(status.st_mode)) // opening a FIFO would block
         return refuse_file(path, "this is not a regular file");
-    }
+    file->stream = fopen(path, "re");
     file->size = (size_t)status.st_size;
-    return 0;
+    return file->stream ? 0 : refuse_file(path, "%s", strerror(errno));
 }
 
 static void read_bytes(ModelFile *file, void *to, size_t size) {
@@ -1350,14 +1343,12 @@ static float random_f32(uint64_t *state) { return (float)(random_u32(state) >> 8
 
 // Divides n logits by the temperature. Returns false if they are not all finite.
 static bool divide_logits(float *x, int n, float temperature) {
-    uint32_t bad = 0;
+    bool finite = true;
     for (int i = 0; i < n; i++) {
-        uint32_t bits;
-        memcpy(&bits, &x[i], sizeof(bits));
-        bad |= (bits & 0x7F800000) == 0x7F800000; // the exponent of infinities and NaNs
+        finite &= isfinite(x[i]) != 0;
         x[i] = x[i] / temperature;
     }
-    return !bad;
+    return finite;
 }
 
 static int argmax(const float *x, int n) {
