@@ -43,6 +43,7 @@
 
 #define MAX_THREADS 64 // of the parallel engine
 #define MAX_DRAFT 16   // tokens of a draft, see Settings
+_Static_assert(MAX_THREADS == 64 && MAX_DRAFT == 16, "change the usage and error texts, too");
 
 // ------------------------------------------------------------------------------------------------
 // Errors and the clock
@@ -53,7 +54,8 @@
 // stderr is redirected and stdout is a terminal, the line appears on stdout, too. A stream that
 // cannot take the line within REPORT_LIMIT loses it, so that no program hangs in an error message.
 // For the same reason the line is cut off at PIPE_BUF bytes, for which a writable pipe has room.
-__attribute__((format(printf, 1, 2))) static inline void report_error(const char *format, ...) {
+// Returns -1, for callers that return that.
+__attribute__((format(printf, 1, 2))) static inline int report_error(const char *format, ...) {
     char line[PIPE_BUF];
     va_list arguments;
     va_start(arguments, format);
@@ -67,6 +69,7 @@ __attribute__((format(printf, 1, 2))) static inline void report_error(const char
         fprintf(stream, "%s\n", line);
         fflush(stream);
     }
+    return -1;
 }
 
 // Flushes stdout. Returns 0; or -1 if it cannot be written, which is reported unless its reader is
@@ -76,20 +79,6 @@ static inline int flush_output(void) {
     if (errno != EPIPE && errno != EBADF)
         report_error("Cannot write the output: %s.", strerror(errno));
     return -1;
-}
-
-// Ends the program with its usage: printed on stdout if the user asked for it (status 0), else
-// reported as an error.
-_Noreturn __attribute__((format(printf, 2, 3))) static inline void
-exit_with_usage(int status, const char *format, ...) {
-    char text[PIPE_BUF];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(text, sizeof(text), format, arguments);
-    va_end(arguments);
-    if (status == 0) puts(text);
-    else report_error("%s", text);
-    exit(flush_output() < 0 ? 1 : status);
 }
 
 // Occupies those of the descriptors 0, 1 and 2 that are closed or open for the wrong direction;
@@ -212,6 +201,7 @@ static inline bool parse_setting(Settings *settings, int option, const char *val
 typedef struct {
     int argc;
     char **argv;
+    const char *usage; // what follows "Usage: " and the program's name
     int wanted, count; // operands that the program takes at most, and that were found
     char *operands[2];
     bool options_ended; // by "--"
@@ -236,16 +226,23 @@ static inline int next_option(CommandLine *line, const char *options) {
     }
 }
 
-// Parses an engine's command line into *settings and line->operands; see next_option(). Calls
-// usage(program, exit status), which does not return, for -h and after reporting a mistake.
-static inline void parse_settings(Settings *settings, CommandLine *line,
-                                  void (*usage)(const char *program, int status)) {
+// Ends the program with its usage: printed on stdout if the user asked for it (status 0), else
+// reported as an error.
+_Noreturn static inline void exit_with_usage(const CommandLine *line, int status) {
+    if (status == 0) printf("Usage: %s %s\n", line->argv[0], line->usage);
+    else report_error("Usage: %s %s", line->argv[0], line->usage);
+    exit(flush_output() < 0 ? 1 : status);
+}
+
+// Parses an engine's command line into *settings and line->operands; see next_option(). Ends the
+// program for -h and after reporting a mistake.
+static inline void parse_settings(Settings *settings, CommandLine *line) {
     bool valid = true;
     for (int option; (option = next_option(line, "+:h" SETTINGS_OPTIONS)) != -1;) {
-        if (option == 'h') usage(line->argv[0], valid ? 0 : 2);
+        if (option == 'h') exit_with_usage(line, valid ? 0 : 2);
         valid = parse_setting(settings, option, optarg) && valid;
     }
-    if (!valid) usage(line->argv[0], 2);
+    if (!valid) exit_with_usage(line, 2);
 }
 
 // Replaces a seed of 0 by one from the clock, and prints it so that the chat can be repeated.
@@ -327,8 +324,7 @@ static inline int next_line(LineReader *reader, char *line) {
 // Reports the error that ended the input, if one did. Returns 0, or -1 after an error.
 static inline int report_read_error(const LineReader *reader) {
     if (reader->error == 0) return 0;
-    report_error("Cannot read the input: %s.", strerror(reader->error));
-    return -1;
+    return report_error("Cannot read the input: %s.", strerror(reader->error));
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -359,10 +355,8 @@ static inline bool is_child_of_front_end(void) {
 // Writes the byte before raising the signal, so that main always finds it. Returns 0, or -1 after
 // reporting the error: without its byte main would wait forever.
 static inline int notify_front_end(char byte) {
-    if (write(RETURN_FD, &byte, 1) != 1) {
-        report_error("Cannot write to the return pipe: %s.", strerror(errno));
-        return -1;
-    }
+    if (write(RETURN_FD, &byte, 1) != 1)
+        return report_error("Cannot write to the return pipe: %s.", strerror(errno));
     kill(getppid(), SIGUSR2);
     return 0;
 }
@@ -389,8 +383,7 @@ static inline int serve_front_end(Answer *answer, Session *session) {
         } else if (poll(&input, 1, 0) != 0) {
             read_more(&reader);
         } else if (sigwaitinfo(&notification, NULL) < 0 && errno != EINTR) {
-            report_error("Cannot wait for a prompt: %s.", strerror(errno));
-            return -1;
+            return report_error("Cannot wait for a prompt: %s.", strerror(errno));
         }
     }
 }

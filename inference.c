@@ -21,20 +21,19 @@ static void run_pass(Pass *pass) {
 }
 
 #define USAGE                                                                                      \
-    "Usage: %s " SETTINGS_USAGE " <seed> [\"prompt\" ...]\n" SETTINGS_HELP                         \
+    SETTINGS_USAGE                                                                                 \
+    " <seed> [\"prompt\" ...]\n" SETTINGS_HELP                                                     \
     "\n  prompt              answered in turn; without one, prompts are read from stdin"
-
-static void usage(const char *program, int status) { exit_with_usage(status, USAGE, program); }
 
 int main(int argc, char **argv) {
     reserve_standard_fds();
     Settings settings = DEFAULT_SETTINGS;
-    CommandLine line = {.argc = argc, .argv = argv, .wanted = 1};
-    parse_settings(&settings, &line, usage);
+    CommandLine line = {.argc = argc, .argv = argv, .usage = USAGE, .wanted = 1};
+    parse_settings(&settings, &line);
     if (line.count < 1 || !parse_seed(line.operands[0], &settings.seed)) {
         report_error(line.count < 1 ? "The seed is missing." : "%s is not a seed.",
                      line.operands[0]);
-        usage(argv[0], 2);
+        exit_with_usage(&line, 2);
     }
     choose_seed(&settings);
 

@@ -8,7 +8,6 @@
 #define _GNU_SOURCE
 #include "common.h"
 #include <dirent.h>
-#include <limits.h>
 #include <math.h>
 #include <sys/auxv.h>
 #include <sys/prctl.h>
@@ -25,34 +24,25 @@
 // ------------------------------------------------------------------------------------------------
 // Options
 
-#define SETTINGS_COUNT ((sizeof(SETTINGS_OPTIONS) - 1) / 2) // each is a letter and a colon
-
 typedef struct {
     Settings settings;
     SchedulingAttributes attributes;
-    bool policy_given, nice_given, priority_given, times_given;
-    char *threads;                         // of -j, or NULL
-    char *setting_values[SETTINGS_COUNT];  // as they were typed; NULL: not given
-    char setting_names[SETTINGS_COUNT][3]; // "-d" ...
+    bool policy_given, nice_given, times_given;
+    char *threads; // of -j, or NULL
     char seed[24];
-    char *engine_arguments[2 * SETTINGS_COUNT +
-                           4]; // for execv(3): name, settings, threads, seed, NULL
+    char **engine_arguments; // for execv(3): name, settings as they were typed, threads, seed, NULL
 } Options;
 
 #define USAGE                                                                                      \
-    "Usage: %s [-s policy] [-n nice] [-r priority] [-D runtime:deadline:period] [-j threads]\n"    \
+    "[-s policy] [-n nice] [-r priority] [-D runtime:deadline:period] [-j threads]\n"              \
     "       " SETTINGS_USAGE " [seed]\n"                                                           \
     "  -s policy           SCHED_OTHER (the default), SCHED_BATCH or SCHED_IDLE, with -n;\n"       \
     "                      SCHED_FIFO or SCHED_RR, with -r; SCHED_DEADLINE, with -D\n"             \
     "  -n nice             -20 (most CPU time) to 19 (least); default: that of this program\n"     \
     "  -r priority         1 (the default) to 99 (most urgent)\n"                                  \
     "  -D runtime:deadline:period   in nanoseconds, or with us or ms: 10ms:20ms:20ms\n"            \
-    "  -j threads          1 to %d: run ./parallel instead of ./inference\n" SETTINGS_HELP         \
-    " (default: 42)\n\nThe log goes to stderr: %s 42 2>log"
-
-_Noreturn static void usage(const char *program, int status) {
-    exit_with_usage(status, USAGE, program, MAX_THREADS, program);
-}
+    "  -j threads          1 to 64: run ./parallel instead of ./inference\n" SETTINGS_HELP         \
+    " (default: 42)\n\nThe log goes to stderr: ./main 42 2>log"
 
 // Returns the number of a policy by its name, in any case and with or without SCHED_; or -1.
 static int find_policy(const char *name) {
@@ -86,15 +76,13 @@ static bool parse_policy_option(Options *options, int option, char *value) {
     long number = 0;
     bool valid = true;
     const char *expected = "";
-    char threads_range[40];
-    snprintf(threads_range, sizeof(threads_range), "an integer from 1 to %d", MAX_THREADS);
     switch (option) {
     case 's':
         expected = "OTHER, BATCH, IDLE, FIFO, RR or DEADLINE, with or without SCHED_";
         options->policy_given = true;
         number = find_policy(value);
         valid = number >= 0;
-        attributes->policy = valid ? (uint32_t)number : SCHED_OTHER;
+        attributes->policy = (uint32_t)number;
         break;
     case 'n':
         expected = "an integer from -20 to 19";
@@ -104,7 +92,6 @@ static bool parse_policy_option(Options *options, int option, char *value) {
         break;
     case 'r':
         expected = "an integer from 1 to 99";
-        options->priority_given = true;
         valid = parse_integer(value, 1, 99, &number);
         attributes->priority = (uint32_t)number;
         break;
@@ -118,7 +105,7 @@ static bool parse_policy_option(Options *options, int option, char *value) {
         break;
     }
     case 'j':
-        expected = threads_range;
+        expected = "an integer from 1 to 64";
         options->threads = value;
         valid = parse_integer(value, 1, MAX_THREADS, &number);
         break;
@@ -134,7 +121,7 @@ static const char *find_policy_mistake(const Options *options) {
     bool real_time = attributes->policy == SCHED_FIFO || attributes->policy == SCHED_RR;
     bool deadline = attributes->policy == SCHED_DEADLINE;
     if (options->nice_given && (real_time || deadline)) return "takes no nice value (-n)";
-    if (options->priority_given && !real_time) return "takes no priority (-r)";
+    if (attributes->priority != 0 && !real_time) return "takes no priority (-r)";
     if (options->times_given && !deadline) return "takes no times (-D)";
     if (deadline && !options->times_given) return "needs -D runtime:deadline:period";
     if (attributes->runtime > attributes->deadline || attributes->deadline > attributes->period)
@@ -142,33 +129,21 @@ static const char *find_policy_mistake(const Options *options) {
     return NULL;
 }
 
-// Builds the engine's command line. It gets the settings as the user typed them.
-static void set_engine_arguments(Options *options) {
-    char **argument = options->engine_arguments;
-    *argument++ = options->threads ? "parallel" : "inference";
-    for (size_t i = 0; i < SETTINGS_COUNT; i++) {
-        if (options->setting_values[i] == NULL) continue;
-        snprintf(options->setting_names[i], 3, "-%c", SETTINGS_OPTIONS[2 * i]);
-        *argument++ = options->setting_names[i];
-        *argument++ = options->setting_values[i];
-    }
-    if (options->threads) *argument++ = options->threads;
-    snprintf(options->seed, sizeof(options->seed), "%llu", options->settings.seed);
-    *argument = options->seed;
-}
-
-// Parses the command line into *options, which must be zero. Reports all mistakes in it and then
-// ends the program with its usage, before anything is started.
+// Parses the command line into *options, which must be zero but for engine_arguments.
+// Reports all mistakes in it and then ends the program with its usage, before anything is started.
 static void parse_options(Options *options, int argc, char **argv) {
-    CommandLine line = {.argc = argc, .argv = argv, .wanted = 1};
+    CommandLine line = {.argc = argc, .argv = argv, .usage = USAGE, .wanted = 1};
     SchedulingAttributes *attributes = &options->attributes;
+    char **argument = options->engine_arguments + 1;
     bool valid = true;
     options->settings = DEFAULT_SETTINGS;
     attributes->size = sizeof(SchedulingAttributes);
     for (int option; (option = next_option(&line, "+:h" POLICY_OPTIONS SETTINGS_OPTIONS)) != -1;) {
-        const char *setting = strchr(SETTINGS_OPTIONS, option);
-        if (option == 'h') usage(argv[0], valid ? 0 : 2);
-        if (setting) options->setting_values[(setting - SETTINGS_OPTIONS) / 2] = optarg;
+        if (option == 'h') exit_with_usage(&line, valid ? 0 : 2);
+        if (strchr(SETTINGS_OPTIONS, option)) { // passed on as typed: "-ddir", or "-d" and "dir"
+            if (optarg == argv[optind - 1]) *argument++ = argv[optind - 2];
+            *argument++ = argv[optind - 1];
+        }
         valid =
             (strchr(POLICY_OPTIONS, option) ? parse_policy_option(options, option, optarg)
                                             : parse_setting(&options->settings, option, optarg)) &&
@@ -184,14 +159,18 @@ static void parse_options(Options *options, int argc, char **argv) {
     }
     const char *mistake = valid ? find_policy_mistake(options) : NULL;
     if (mistake) report_error("%s %s.", policy_names[attributes->policy], mistake);
-    if (!valid || mistake) usage(argv[0], 2);
+    if (!valid || mistake) exit_with_usage(&line, 2);
 
     // sched_setattr(2) sets the nice value along with the policy: by default to main's own.
     if (!options->nice_given) attributes->nice = getpriority(PRIO_PROCESS, 0);
     bool real_time = attributes->policy == SCHED_FIFO || attributes->policy == SCHED_RR;
-    if (real_time && !options->priority_given) attributes->priority = 1;
+    if (real_time && attributes->priority == 0) attributes->priority = 1;
     choose_seed(&options->settings);
-    set_engine_arguments(options);
+    options->engine_arguments[0] = options->threads ? "parallel" : "inference";
+    if (options->threads) *argument++ = options->threads;
+    snprintf(options->seed, sizeof(options->seed), "%llu", options->settings.seed);
+    *argument++ = options->seed;
+    *argument = NULL;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -298,9 +277,8 @@ typedef struct {
     double time;         // likewise on CLOCK_MONOTONIC
     bool logged;         // a line has been written since the prompt
     bool shares_screen;  // the log and the replies go to the same terminal
-    const char *failure; // the file that made a line fail, until it is reported
-    int failure_errno;
-    bool failure_reported;
+    const char *failure; // the file that first made a line fail, or NULL
+    int failure_errno;   // why, until that is reported
 } CpuMeter;
 
 enum { STATE = 3, UTIME = 14, STIME, NICE = 19, VSIZE = 23, CPU = 39, POLICY = 41, FIELDS_END };
@@ -328,8 +306,9 @@ static void start_sampling(CpuMeter *meter) {
 
 // Remembers the first failure of the log. It is reported when the reply is finished.
 static void note_failure(CpuMeter *meter, const char *file) {
-    if (meter->failure == NULL) meter->failure_errno = errno;
-    if (meter->failure == NULL) meter->failure = file;
+    if (meter->failure) return;
+    meter->failure = file;
+    meter->failure_errno = errno;
 }
 
 // Writes one log line. utime and stime are in clock ticks, vsize is in bytes. A line that stderr
@@ -367,10 +346,9 @@ static void log_sample(CpuMeter *meter, bool in_reply) {
 
 // Reports once why the log is not complete.
 static void report_log_failure(CpuMeter *meter) {
-    if (meter->failure == NULL || meter->failure_reported) return;
-    meter->failure_reported = true;
-    report_error("The log is not complete: %s: %s.", meter->failure,
-                 strerror(meter->failure_errno));
+    int cause = meter->failure_errno;
+    if (cause) report_error("The log is not complete: %s: %s.", meter->failure, strerror(cause));
+    meter->failure_errno = 0;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -378,7 +356,7 @@ static void report_log_failure(CpuMeter *meter) {
 
 // What main has changed for itself, as the child gets it back between fork and exec.
 typedef struct {
-    sigset_t mask;
+    sigset_t mask; // with SIGUSR1, so that an early one waits for the engine, and SIGUSR2
     struct sigaction sigchld, sigpipe, sigxfsz;
     int stdout_fd, stderr_fd; // duplicates
 } Inherited;
@@ -391,9 +369,7 @@ typedef struct {
 
 // Finds the engine's binary in the folder of main's own, which need not be the current one.
 static void engine_path(char path[PATH_MAX], const char *name) {
-    ssize_t length = readlink("/proc/self/exe", path, PATH_MAX - 1);
-    path[length > 0 ? length : 0] = '\0';
-    if (length <= 0 && realpath((const char *)getauxval(AT_EXECFN), path) == NULL) path[0] = '\0';
+    if (realpath((const char *)getauxval(AT_EXECFN), path) == NULL) path[0] = '\0';
     char *slash = strrchr(path, '/');
     size_t folder = slash ? (size_t)(slash + 1 - path) : 0;
     snprintf(path + folder, PATH_MAX - folder, "%s", name);
@@ -413,23 +389,18 @@ static int restore_inherited(const Inherited *before, pid_t front_end, int promp
     sigaction(SIGCHLD, &before->sigchld, NULL);
     sigaction(SIGPIPE, &before->sigpipe, NULL);
     sigaction(SIGXFSZ, &before->sigxfsz, NULL);
-    // An early SIGUSR1 stays pending until the engine waits for it, and a stray SIGUSR2 cannot kill
-    // the engine.
-    sigset_t mask = before->mask;
-    sigaddset(&mask, SIGUSR1);
-    sigaddset(&mask, SIGUSR2);
-    return sigprocmask(SIG_SETMASK, &mask, NULL);
+    return sigprocmask(SIG_SETMASK, &before->mask, NULL);
 }
 
-// The child's side of fork(2): waits for the byte in the start pipe, which main writes when it has
+// The child's side of fork(2): waits for the first byte of the pipe, which main writes when it has
 // set the policy, and then becomes the engine.
 _Noreturn static void exec_engine(const char *path, const Options *options, pid_t front_end,
-                                  int start, int prompts, int returns, const Inherited *before) {
+                                  int prompts, int returns, const Inherited *before) {
     // The engine must not outlive main, not even if main is killed, or was before this call.
     char byte;
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (getppid() != front_end) _exit(1);
-    ssize_t count = read(start, &byte, 1);
+    ssize_t count = read(prompts, &byte, 1);
     if (count == 0) _exit(1); // main has reported why
     if (count < 0 || restore_inherited(before, front_end, prompts, returns) < 0) {
         report_error("Cannot prepare the engine's process: %s.", strerror(errno));
@@ -444,30 +415,22 @@ _Noreturn static void exec_engine(const char *path, const Options *options, pid_
 static int start_engine(Child *child, const Options *options, const Inherited *before) {
     char path[PATH_MAX];
     engine_path(path, options->engine_arguments[0]);
-    if (access(path, X_OK) < 0) {
-        report_error("Cannot execute %s (%s). Build it with: make", path, strerror(errno));
-        return -1;
-    }
-    int prompts[2], returns[2], start[2];
-    if (pipe2(prompts, O_CLOEXEC) < 0 || pipe2(returns, O_CLOEXEC) < 0 ||
-        pipe2(start, O_CLOEXEC) < 0 || fcntl(prompts[1], F_SETFL, O_NONBLOCK) < 0 ||
-        fcntl(returns[0], F_SETFL, O_NONBLOCK) < 0) {
-        report_error("Cannot make a pipe: %s.", strerror(errno));
-        return -1;
-    }
+    if (access(path, X_OK) < 0)
+        return report_error("Cannot execute %s (%s). Build it with: make", path, strerror(errno));
+    int prompts[2], returns[2];
+    if (pipe2(prompts, O_CLOEXEC) < 0 || pipe2(returns, O_CLOEXEC | O_NONBLOCK) < 0 ||
+        fcntl(prompts[1], F_SETFL, O_NONBLOCK) < 0)
+        return report_error("Cannot make a pipe: %s.", strerror(errno));
     pid_t front_end = getpid();
     child->pid = fork();
-    if (child->pid < 0) {
-        report_error("Cannot start the engine's process: %s.", strerror(errno));
-        return -1;
-    }
+    if (child->pid < 0)
+        return report_error("Cannot start the engine's process: %s.", strerror(errno));
     if (child->pid == 0) {
-        close(start[1]); // or else the child would hold its own start pipe open when main dies
-        exec_engine(path, options, front_end, start[0], prompts[0], returns[1], before);
+        close(prompts[1]); // or else the child would hold its own pipe open when main closes it
+        exec_engine(path, options, front_end, prompts[0], returns[1], before);
     }
     close(prompts[0]);
     close(returns[1]);
-    close(start[0]);
     child->prompts = prompts[1];
     child->returns = returns[0];
 
@@ -477,11 +440,10 @@ static int start_engine(Child *child, const Options *options, const Inherited *b
     bool refused = options->attributes.policy != SCHED_DEADLINE &&
                    set_policy(child->pid, &options->attributes) < 0 && wanted;
     // EPIPE: the child has died, after reporting why; SIGCHLD will report its end.
-    bool started = !refused && (write(start[1], "", 1) == 1 || errno == EPIPE);
+    if (!refused && (write(child->prompts, "", 1) == 1 || errno == EPIPE)) return 0;
     if (refused) report_policy_error(&options->attributes, errno);
-    else if (!started) report_error("Cannot start the engine: %s.", strerror(errno));
-    close(start[1]); // a child without its byte reads the end of the start pipe and exits
-    if (started) return 0;
+    else report_error("Cannot start the engine: %s.", strerror(errno));
+    close(child->prompts); // a child that finds the end of its pipe instead of the byte exits
     waitpid(child->pid, NULL, 0);
     return -1;
 }
@@ -508,9 +470,8 @@ typedef struct {
     double wake_time;     // CLOCK_MONOTONIC: when to call on_timeout()
     int interrupt;        // the SIGINT or SIGTERM that ends the chat, or 0
     bool line_ended;      // the cursor is not behind a prompt mark or in a reply
-    bool output_closed;   // stdout cannot be written
-    bool engine_failed;   // it has exited with 1, after reporting why: stdout may be the reason
-    bool failed;          // an error that has been reported ends the chat
+    int status;           // of the engine when it is gone, wait(2)
+    bool failed;          // an error that has been reported, here or by the engine, ends the chat
 } Chat;
 
 // Appends text to the output. handle_events() writes it as soon as stdout takes it.
@@ -520,7 +481,7 @@ __attribute__((format(printf, 2, 3))) static void print(Chat *chat, const char *
     va_start(arguments, format);
     size_t length = (size_t)vsnprintf(chat->output + chat->output_length, room, format, arguments);
     va_end(arguments);
-    if (!chat->output_closed) chat->output_length += length < room ? length : room - 1;
+    chat->output_length += length < room ? length : room - 1;
 }
 
 // Makes the engine exit: closes its pipe, and raises SIGUSR1 as for a prompt, so that the engine
@@ -546,9 +507,8 @@ static void write_output(Chat *chat) {
     ssize_t count = write(STDOUT_FILENO, chat->output, chat->output_length);
     if (count < 0 && (errno == EAGAIN || errno == EINTR)) return;
     if (count < 0) {
-        if (errno != EPIPE && errno != EBADF && !chat->engine_failed)
+        if (errno != EPIPE && errno != EBADF && !chat->failed)
             report_error("Cannot write the output: %s.", strerror(errno));
-        chat->output_closed = true;
         chat->output_length = 0;
         fail(chat);
         return;
@@ -702,67 +662,60 @@ static int wait_for_event(const Chat *chat, struct pollfd events[EVENT_COUNT]) {
     return ppoll(events, EVENT_COUNT, &timeout, NULL);
 }
 
-// Calls waitpid(2) with these flags. Returns whether the engine is gone, with its status. An error
-// of waitpid(2) is reported and ends the chat, too: no other event would end it.
-static bool reap_engine(Chat *chat, int flags, int *status) {
-    pid_t pid = waitpid(chat->child.pid, status, flags);
+// Calls waitpid(2) with these flags. Returns whether the engine is gone. An error of waitpid(2) is
+// reported and ends the chat, too: no other event would end it.
+static bool reap_engine(Chat *chat, int flags) {
+    pid_t pid = waitpid(chat->child.pid, &chat->status, flags);
     if (pid >= 0) return pid > 0;
     report_error("Cannot get the engine's exit status: %s.", strerror(errno));
     chat->failed = true;
-    *status = 0;
     return true;
 }
 
 // Ends the chat when no event can be awaited or read any more. Returns false; see handle_events().
-static bool stop_waiting(Chat *chat, int *status) {
+static bool stop_waiting(Chat *chat) {
     report_error("Cannot wait for the engine: %s.", strerror(errno));
     chat->failed = true;
     kill_engine(chat);
-    reap_engine(chat, 0, status);
+    reap_engine(chat, 0);
     return false;
 }
 
-// Handles what ppoll(2) has returned. Returns false when the engine is gone, with its status.
-static bool handle_events(Chat *chat, const struct pollfd events[EVENT_COUNT], int ready,
-                          int *status) {
-    if (ready < 0 && errno != EINTR) return stop_waiting(chat, status);
+// Handles what ppoll(2) has returned. Returns false when the engine is gone.
+static bool handle_events(Chat *chat, const struct pollfd events[EVENT_COUNT], int ready) {
+    if (ready < 0 && errno != EINTR) return stop_waiting(chat);
     if (ready == 0) on_timeout(chat);
     if (events[RETURNS].revents) read_engine_bytes(chat);
     if (events[INPUT].revents) read_more(&chat->input);
     if (events[OUTPUT].revents) write_output(chat);
     int child_died = read_signals(chat);
-    if (child_died < 0) return stop_waiting(chat, status);
-    if (child_died && reap_engine(chat, WNOHANG, status)) return false;
+    if (child_died < 0) return stop_waiting(chat);
+    if (child_died && reap_engine(chat, WNOHANG)) return false;
     read_prompts(chat);
     return true;
 }
 
 // Returns the name of a signal. (sigabbrev_np(3) does the same, but many systems lack it.)
 static const char *signal_name(int signal) {
-    static const struct {
-        int number;
-        const char *name;
-    } names[] = {
-        {SIGHUP, "SIGHUP"},   {SIGINT, "SIGINT"},   {SIGQUIT, "SIGQUIT"}, {SIGILL, "SIGILL"},
-        {SIGTRAP, "SIGTRAP"}, {SIGABRT, "SIGABRT"}, {SIGBUS, "SIGBUS"},   {SIGFPE, "SIGFPE"},
-        {SIGKILL, "SIGKILL"}, {SIGUSR1, "SIGUSR1"}, {SIGSEGV, "SIGSEGV"}, {SIGUSR2, "SIGUSR2"},
-        {SIGPIPE, "SIGPIPE"}, {SIGALRM, "SIGALRM"}, {SIGTERM, "SIGTERM"}, {SIGXCPU, "SIGXCPU"},
-        {SIGXFSZ, "SIGXFSZ"}, {SIGSYS, "SIGSYS"},
+    static const char *const names[NSIG] = {
+        [SIGHUP] = "SIGHUP",   [SIGINT] = "SIGINT",   [SIGQUIT] = "SIGQUIT", [SIGILL] = "SIGILL",
+        [SIGTRAP] = "SIGTRAP", [SIGABRT] = "SIGABRT", [SIGBUS] = "SIGBUS",   [SIGFPE] = "SIGFPE",
+        [SIGKILL] = "SIGKILL", [SIGUSR1] = "SIGUSR1", [SIGSEGV] = "SIGSEGV", [SIGUSR2] = "SIGUSR2",
+        [SIGPIPE] = "SIGPIPE", [SIGALRM] = "SIGALRM", [SIGTERM] = "SIGTERM", [SIGXCPU] = "SIGXCPU",
+        [SIGXFSZ] = "SIGXFSZ", [SIGSYS] = "SIGSYS",
     };
-    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
-        if (names[i].number == signal) return names[i].name;
-    return "another signal";
+    return names[signal] ? names[signal] : "another signal";
 }
 
 // Reports how the engine ended. Returns main's exit status: that of the interrupt, if there was
 // one, whichever process died first; 0 if the engine exited after the end of input; else 1.
-static int report_exit(Chat *chat, int status) {
-    int signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
+static int report_exit(Chat *chat) {
+    int signal = WIFSIGNALED(chat->status) ? WTERMSIG(chat->status) : 0;
     if (chat->interrupt) signal = chat->interrupt;
-    int code = signal ? 128 + signal : WEXITSTATUS(status);
+    int code = signal ? 128 + signal : WEXITSTATUS(chat->status);
     int result = chat->phase == EXITING && code == 0 && !chat->failed ? 0 : 1;
     if (chat->interrupt) result = code;
-    chat->engine_failed = code == 1;
+    chat->failed |= code == 1;
 
     print(chat, "%sChild exited with %d", chat->line_ended ? "" : "\n", code);
     if (signal) print(chat, " (%s)", signal_name(signal));
@@ -776,7 +729,7 @@ static int report_exit(Chat *chat, int status) {
 static int run_chat(const Options *options, int signals, const Inherited *before) {
     Chat chat = {.options = options, .signals = signals, .wake_time = NEVER};
     struct pollfd events[EVENT_COUNT];
-    int status, ready;
+    int ready;
     if (start_engine(&chat.child, options, before) < 0) return 1;
     int input = reopen_nonblocking(STDIN_FILENO, O_RDONLY);
     chat.input.fd = input < 0 ? STDIN_FILENO : input;
@@ -787,8 +740,8 @@ static int run_chat(const Options *options, int signals, const Inherited *before
         print(&chat, "The log appears here, among the replies. To keep it apart: 2>log\n");
     print(&chat, PROMPT_MARK);
     do ready = wait_for_event(&chat, events);
-    while (handle_events(&chat, events, ready, &status));
-    return report_exit(&chat, status);
+    while (handle_events(&chat, events, ready));
+    return report_exit(&chat);
 }
 
 static int report_signal_error(void) {
@@ -804,9 +757,10 @@ int main(int argc, char **argv) {
     sigemptyset(&blocked);
     sigaddset(&blocked, SIGUSR1);
     sigaddset(&blocked, SIGUSR2);
-    if (sigprocmask(SIG_BLOCK, &blocked, &before.mask) < 0) return report_signal_error();
+    if (sigprocmask(SIG_BLOCK, &blocked, NULL) < 0) return report_signal_error();
     reserve_standard_fds();
-    Options options = {0};
+    char *engine_arguments[argc + 3];
+    Options options = {.engine_arguments = engine_arguments};
     parse_options(&options, argc, argv);
     if (flush_output() < 0) return 1;
 
@@ -815,7 +769,7 @@ int main(int argc, char **argv) {
     const int numbers[] = {SIGINT, SIGTERM, SIGCHLD, SIGCONT};
     for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++)
         sigaddset(&blocked, numbers[i]);
-    if (sigprocmask(SIG_BLOCK, &blocked, NULL) < 0) return report_signal_error();
+    if (sigprocmask(SIG_BLOCK, &blocked, &before.mask) < 0) return report_signal_error();
     sigaction(SIGCHLD, &(struct sigaction){.sa_handler = SIG_DFL}, &before.sigchld);
     sigaction(SIGPIPE, &(struct sigaction){.sa_handler = SIG_IGN}, &before.sigpipe);
     sigaction(SIGXFSZ, &(struct sigaction){.sa_handler = SIG_IGN}, &before.sigxfsz);

@@ -385,19 +385,17 @@ __attribute__((format(printf, 2, 3))) static int refuse_file(const char *path, c
     va_start(arguments, format);
     vsnprintf(wrong, sizeof(wrong), format, arguments);
     va_end(arguments);
-    report_error(
+    return report_error(
         "%s: %s. Get the real files with \"make prepare\", or use the small model: -d tests/tiny",
         path, wrong);
-    return -1;
 }
 
 // Reports that there is not enough memory for something of model.bin or tokenizer.bin. Returns -1.
 static int refuse_for_memory(const char *path, const char *what, uint64_t size) {
-    report_error(
+    return report_error(
         "%s: there is not enough memory for %s (%llu bytes). End other programs, or allow this "
         "one more: ulimit -v",
         path, what, (unsigned long long)size);
-    return -1;
 }
 
 // model.bin or tokenizer.bin while it is read. The first error is reported and makes all later
@@ -1325,8 +1323,7 @@ static int build_sampler(Sampler *s, int vocab_size, float temperature, float to
                    .kernels = &kernels_portable};
     s->candidates = malloc((size_t)vocab_size * sizeof(Item));
     if (s->candidates) return 0;
-    report_error("There is not enough memory for a vocabulary of %d.", vocab_size);
-    return -1;
+    return report_error("There is not enough memory for a vocabulary of %d.", vocab_size);
 }
 
 static void free_sampler(Sampler *s) { free(s->candidates); }
@@ -1384,11 +1381,9 @@ static int sample_top_p(Sampler *s, const float *p, float coin) {
 static int sample(Sampler *s, float *logits) {
     int n = s->vocab_size;
     bool greedy = s->temperature == 0;
-    if (!divide_logits(logits, n, greedy ? 1 : s->temperature)) {
-        report_error(
+    if (!divide_logits(logits, n, greedy ? 1 : s->temperature))
+        return report_error(
             "The model computed logits that are not finite numbers; its file must be damaged.");
-        return -1;
-    }
     if (greedy) return argmax(logits, n);
     s->kernels->softmax(logits, (size_t)n);
     return sample_top_p(s, logits, random_f32(&s->rng_state));

@@ -223,20 +223,17 @@ static void print_usage(Usage before) {
 }
 
 #define USAGE                                                                                      \
-    "Usage: %s " SETTINGS_USAGE " <threads> <seed> [\"prompt\" ...]\n" SETTINGS_HELP               \
-    "\n  threads             1 to %d\n"                                                            \
-    "  prompt              answered in turn; without one, prompts are read from stdin"
-
-static void usage(const char *program, int status) {
-    exit_with_usage(status, USAGE, program, MAX_THREADS);
-}
+    SETTINGS_USAGE " <threads> <seed> [\"prompt\" ...]\n" SETTINGS_HELP                            \
+                   "\n  threads             1 to 64\n"                                             \
+                   "  prompt              answered in turn; without one, "                         \
+                   "prompts are read from stdin"
 
 int main(int argc, char **argv) {
     reserve_standard_fds();
     Settings settings = DEFAULT_SETTINGS;
     long threads;
-    CommandLine line = {.argc = argc, .argv = argv, .wanted = 2};
-    parse_settings(&settings, &line, usage);
+    CommandLine line = {.argc = argc, .argv = argv, .usage = USAGE, .wanted = 2};
+    parse_settings(&settings, &line);
     bool valid = false;
     if (line.count < 2) report_error("The number of threads and the seed are needed.");
     else if (!parse_integer(line.operands[0], 1, MAX_THREADS, &threads))
@@ -244,7 +241,7 @@ int main(int argc, char **argv) {
     else if (!parse_seed(line.operands[1], &settings.seed))
         report_error("%s is not a seed.", line.operands[1]);
     else valid = true;
-    if (!valid) usage(argv[0], 2);
+    if (!valid) exit_with_usage(&line, 2);
     choose_seed(&settings);
 
     Session session;
