@@ -2,6 +2,7 @@
 // limits, command lines, lines of input, the pipe-and-signal protocol, scheduling policies, and how
 // errors are reported.
 //
+//                       main -- pipe: one byte, to start ---------> child before exec
 //     user -- stdin --> main -- pipe: one prompt and a newline ---> engine's stdin
 //                       main -- SIGUSR1: a prompt is in the pipe -> engine
 //     user <-- stdout (inherited from main) ----------------------- engine
@@ -229,8 +230,10 @@ static inline int next_option(CommandLine *line, const char *options) {
 // Ends the program with its usage: printed on stdout if the user asked for it (status 0), else
 // reported as an error.
 _Noreturn static inline void exit_with_usage(const CommandLine *line, int status) {
-    if (status == 0) printf("Usage: %s %s\n", line->argv[0], line->usage);
-    else report_error("Usage: %s %s", line->argv[0], line->usage);
+    char text[PIPE_BUF];
+    snprintf(text, sizeof(text), "Usage: %s %s", line->argv[0], line->usage);
+    if (status == 0) puts(text);
+    else report_error("%s", text);
     exit(flush_output() < 0 ? 1 : status);
 }
 
@@ -240,7 +243,7 @@ static inline void parse_settings(Settings *settings, CommandLine *line) {
     bool valid = true;
     for (int option; (option = next_option(line, "+:h" SETTINGS_OPTIONS)) != -1;) {
         if (option == 'h') exit_with_usage(line, valid ? 0 : 2);
-        valid = parse_setting(settings, option, optarg) && valid;
+        valid &= parse_setting(settings, option, optarg);
     }
     if (!valid) exit_with_usage(line, 2);
 }

@@ -24,13 +24,18 @@
 // ------------------------------------------------------------------------------------------------
 // Options
 
+#define SETTINGS_COUNT ((sizeof(SETTINGS_OPTIONS) - 1) / 2) // each is a letter and a colon
+
 typedef struct {
     Settings settings;
     SchedulingAttributes attributes;
     bool policy_given, nice_given, times_given;
-    char *threads; // of -j, or NULL
+    char *threads;                         // of -j, or NULL
+    char *setting_values[SETTINGS_COUNT];  // as they were typed; NULL: not given
+    char setting_names[SETTINGS_COUNT][3]; // "-d" ...
     char seed[24];
-    char **engine_arguments; // for execv(3): name, settings as they were typed, threads, seed, NULL
+    // For execv(3): the program's name, settings, threads, seed, NULL
+    char *engine_arguments[2 * SETTINGS_COUNT + 4];
 } Options;
 
 #define USAGE                                                                                      \
@@ -114,12 +119,15 @@ static bool parse_policy_option(Options *options, int option, char *value) {
     return valid;
 }
 
+static bool is_real_time(const SchedulingAttributes *attributes) {
+    return attributes->policy == SCHED_FIFO || attributes->policy == SCHED_RR;
+}
+
 // Every policy has parameters of its own. Returns what is wrong with those that were given, or
 // NULL.
 static const char *find_policy_mistake(const Options *options) {
     const SchedulingAttributes *attributes = &options->attributes;
-    bool real_time = attributes->policy == SCHED_FIFO || attributes->policy == SCHED_RR;
-    bool deadline = attributes->policy == SCHED_DEADLINE;
+    bool real_time = is_real_time(attributes), deadline = attributes->policy == SCHED_DEADLINE;
     if (options->nice_given && (real_time || deadline)) return "takes no nice value (-n)";
     if (attributes->priority != 0 && !real_time) return "takes no priority (-r)";
     if (options->times_given && !deadline) return "takes no times (-D)";
@@ -129,25 +137,35 @@ static const char *find_policy_mistake(const Options *options) {
     return NULL;
 }
 
-// Parses the command line into *options, which must be zero but for engine_arguments.
-// Reports all mistakes in it and then ends the program with its usage, before anything is started.
+// Builds the engine's command line. It gets the settings as the user typed them.
+static void set_engine_arguments(Options *options) {
+    char **argument = options->engine_arguments;
+    *argument++ = options->threads ? "parallel" : "inference";
+    for (size_t i = 0; i < SETTINGS_COUNT; i++) {
+        if (options->setting_values[i] == NULL) continue;
+        snprintf(options->setting_names[i], 3, "-%c", SETTINGS_OPTIONS[2 * i]);
+        *argument++ = options->setting_names[i];
+        *argument++ = options->setting_values[i];
+    }
+    if (options->threads) *argument++ = options->threads;
+    snprintf(options->seed, sizeof(options->seed), "%llu", options->settings.seed);
+    *argument = options->seed;
+}
+
+// Parses the command line into *options, which must be zero. Reports all mistakes in it and then
+// ends the program with its usage, before anything is started.
 static void parse_options(Options *options, int argc, char **argv) {
     CommandLine line = {.argc = argc, .argv = argv, .usage = USAGE, .wanted = 1};
     SchedulingAttributes *attributes = &options->attributes;
-    char **argument = options->engine_arguments + 1;
     bool valid = true;
     options->settings = DEFAULT_SETTINGS;
     attributes->size = sizeof(SchedulingAttributes);
     for (int option; (option = next_option(&line, "+:h" POLICY_OPTIONS SETTINGS_OPTIONS)) != -1;) {
+        const char *setting = strchr(SETTINGS_OPTIONS, option);
         if (option == 'h') exit_with_usage(&line, valid ? 0 : 2);
-        if (strchr(SETTINGS_OPTIONS, option)) { // passed on as typed: "-ddir", or "-d" and "dir"
-            if (optarg == argv[optind - 1]) *argument++ = argv[optind - 2];
-            *argument++ = argv[optind - 1];
-        }
-        valid =
-            (strchr(POLICY_OPTIONS, option) ? parse_policy_option(options, option, optarg)
-                                            : parse_setting(&options->settings, option, optarg)) &&
-            valid;
+        if (setting) options->setting_values[(setting - SETTINGS_OPTIONS) / 2] = optarg;
+        valid &= strchr(POLICY_OPTIONS, option) ? parse_policy_option(options, option, optarg)
+                                                : parse_setting(&options->settings, option, optarg);
     }
     if (line.count == 1 && !parse_seed(line.operands[0], &options->settings.seed)) {
         report_error("%s is not a seed.", line.operands[0]);
@@ -163,14 +181,9 @@ static void parse_options(Options *options, int argc, char **argv) {
 
     // sched_setattr(2) sets the nice value along with the policy: by default to main's own.
     if (!options->nice_given) attributes->nice = getpriority(PRIO_PROCESS, 0);
-    bool real_time = attributes->policy == SCHED_FIFO || attributes->policy == SCHED_RR;
-    if (real_time && attributes->priority == 0) attributes->priority = 1;
+    if (is_real_time(attributes) && attributes->priority == 0) attributes->priority = 1;
     choose_seed(&options->settings);
-    options->engine_arguments[0] = options->threads ? "parallel" : "inference";
-    if (options->threads) *argument++ = options->threads;
-    snprintf(options->seed, sizeof(options->seed), "%llu", options->settings.seed);
-    *argument++ = options->seed;
-    *argument = NULL;
+    set_engine_arguments(options);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -228,9 +241,8 @@ static void report_policy_error(const SchedulingAttributes *attributes, int caus
         advice = "it needs 1024 ns <= runtime <= deadline <= period, and a period that the "
                  "kernel's sched_deadline_period_min_us and _max_us allow";
     else if (cause == ENOENT) advice = "it needs /proc to find the threads of the engine";
-    bool real_time = attributes->policy == SCHED_FIFO || attributes->policy == SCHED_RR;
     char nice[40] = "";
-    if (!deadline && !real_time)
+    if (!deadline && !is_real_time(attributes))
         snprintf(nice, sizeof(nice), " with the nice value %d", (int)attributes->nice);
     report_error("Cannot set %s%s (%s): %s.", policy_names[attributes->policy], nice,
                  strerror(cause), advice);
@@ -278,7 +290,7 @@ typedef struct {
     bool logged;         // a line has been written since the prompt
     bool shares_screen;  // the log and the replies go to the same terminal
     const char *failure; // the file that first made a line fail, or NULL
-    int failure_errno;   // why, until that is reported
+    int failure_errno;   // why; 0 when that has been reported
 } CpuMeter;
 
 enum { STATE = 3, UTIME = 14, STIME, NICE = 19, VSIZE = 23, CPU = 39, POLICY = 41, FIELDS_END };
@@ -354,9 +366,11 @@ static void report_log_failure(CpuMeter *meter) {
 // ------------------------------------------------------------------------------------------------
 // The child
 
-// What main has changed for itself, as the child gets it back between fork and exec.
+// What main has changed for itself, as the child gets it back between fork and exec. The mask is
+// main's own, and SIGUSR1 and SIGUSR2: an early SIGUSR1 stays pending until the engine waits for
+// it, and a stray SIGUSR2 must not kill the engine.
 typedef struct {
-    sigset_t mask; // with SIGUSR1, so that an early one waits for the engine, and SIGUSR2
+    sigset_t mask;
     struct sigaction sigchld, sigpipe, sigxfsz;
     int stdout_fd, stderr_fd; // duplicates
 } Inherited;
@@ -369,7 +383,9 @@ typedef struct {
 
 // Finds the engine's binary in the folder of main's own, which need not be the current one.
 static void engine_path(char path[PATH_MAX], const char *name) {
-    if (realpath((const char *)getauxval(AT_EXECFN), path) == NULL) path[0] = '\0';
+    ssize_t length = readlink("/proc/self/exe", path, PATH_MAX - 1);
+    path[length > 0 ? length : 0] = '\0';
+    if (length <= 0 && realpath((const char *)getauxval(AT_EXECFN), path) == NULL) path[0] = '\0';
     char *slash = strrchr(path, '/');
     size_t folder = slash ? (size_t)(slash + 1 - path) : 0;
     snprintf(path + folder, PATH_MAX - folder, "%s", name);
@@ -377,8 +393,8 @@ static void engine_path(char path[PATH_MAX], const char *name) {
 
 // Undoes in the child what main has changed for itself, and puts the pipes where the engine finds
 // them. Returns 0, or -1 with errno. RETURN_FD may be the number of a duplicate in *before, so it
-// is overwritten after both have been used. It is the number of neither pipe end: it was in use
-// before the pipes were opened, at least by such a duplicate.
+// is overwritten after both have been used. No pipe end has that number: it was in use before the
+// pipes were opened, at least by such a duplicate.
 static int restore_inherited(const Inherited *before, pid_t front_end, int prompts, int returns) {
     char pid[24];
     snprintf(pid, sizeof(pid), "%d", (int)front_end);
@@ -392,8 +408,8 @@ static int restore_inherited(const Inherited *before, pid_t front_end, int promp
     return sigprocmask(SIG_SETMASK, &before->mask, NULL);
 }
 
-// The child's side of fork(2): waits for the first byte of the pipe, which main writes when it has
-// set the policy, and then becomes the engine.
+// The child's side of fork(2): waits for the start byte, which main writes into the prompt pipe
+// when it has set the policy, and then becomes the engine.
 _Noreturn static void exec_engine(const char *path, const Options *options, pid_t front_end,
                                   int prompts, int returns, const Inherited *before) {
     // The engine must not outlive main, not even if main is killed, or was before this call.
@@ -401,7 +417,7 @@ _Noreturn static void exec_engine(const char *path, const Options *options, pid_
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (getppid() != front_end) _exit(1);
     ssize_t count = read(prompts, &byte, 1);
-    if (count == 0) _exit(1); // main has reported why
+    if (count == 0) _exit(1); // main has reported why, or is gone
     if (count < 0 || restore_inherited(before, front_end, prompts, returns) < 0) {
         report_error("Cannot prepare the engine's process: %s.", strerror(errno));
         _exit(1);
@@ -418,15 +434,15 @@ static int start_engine(Child *child, const Options *options, const Inherited *b
     if (access(path, X_OK) < 0)
         return report_error("Cannot execute %s (%s). Build it with: make", path, strerror(errno));
     int prompts[2], returns[2];
-    if (pipe2(prompts, O_CLOEXEC) < 0 || pipe2(returns, O_CLOEXEC | O_NONBLOCK) < 0 ||
-        fcntl(prompts[1], F_SETFL, O_NONBLOCK) < 0)
+    if (pipe2(prompts, O_CLOEXEC) < 0 || pipe2(returns, O_CLOEXEC) < 0 ||
+        fcntl(prompts[1], F_SETFL, O_NONBLOCK) < 0 || fcntl(returns[0], F_SETFL, O_NONBLOCK) < 0)
         return report_error("Cannot make a pipe: %s.", strerror(errno));
     pid_t front_end = getpid();
     child->pid = fork();
     if (child->pid < 0)
         return report_error("Cannot start the engine's process: %s.", strerror(errno));
     if (child->pid == 0) {
-        close(prompts[1]); // or else the child would hold its own pipe open when main closes it
+        close(prompts[1]); // or else its read would never find the end of the pipe
         exec_engine(path, options, front_end, prompts[0], returns[1], before);
     }
     close(prompts[0]);
@@ -440,8 +456,8 @@ static int start_engine(Child *child, const Options *options, const Inherited *b
     bool refused = options->attributes.policy != SCHED_DEADLINE &&
                    set_policy(child->pid, &options->attributes) < 0 && wanted;
     // EPIPE: the child has died, after reporting why; SIGCHLD will report its end.
-    if (!refused && (write(child->prompts, "", 1) == 1 || errno == EPIPE)) return 0;
     if (refused) report_policy_error(&options->attributes, errno);
+    else if (write(child->prompts, "", 1) == 1 || errno == EPIPE) return 0;
     else report_error("Cannot start the engine: %s.", strerror(errno));
     close(child->prompts); // a child that finds the end of its pipe instead of the byte exits
     waitpid(child->pid, NULL, 0);
@@ -470,8 +486,9 @@ typedef struct {
     double wake_time;     // CLOCK_MONOTONIC: when to call on_timeout()
     int interrupt;        // the SIGINT or SIGTERM that ends the chat, or 0
     bool line_ended;      // the cursor is not behind a prompt mark or in a reply
-    int status;           // of the engine when it is gone, wait(2)
-    bool failed;          // an error that has been reported, here or by the engine, ends the chat
+    int wait_status;      // waitpid(2)'s when the engine is gone
+    bool output_failed;   // an error of stdout has been reported, perhaps by the engine
+    bool failed;          // an error that has been reported ends the chat
 } Chat;
 
 // Appends text to the output. handle_events() writes it as soon as stdout takes it.
@@ -507,8 +524,9 @@ static void write_output(Chat *chat) {
     ssize_t count = write(STDOUT_FILENO, chat->output, chat->output_length);
     if (count < 0 && (errno == EAGAIN || errno == EINTR)) return;
     if (count < 0) {
-        if (errno != EPIPE && errno != EBADF && !chat->failed)
+        if (errno != EPIPE && errno != EBADF && !chat->output_failed)
             report_error("Cannot write the output: %s.", strerror(errno));
+        chat->output_failed = true;
         chat->output_length = 0;
         fail(chat);
         return;
@@ -665,7 +683,7 @@ static int wait_for_event(const Chat *chat, struct pollfd events[EVENT_COUNT]) {
 // Calls waitpid(2) with these flags. Returns whether the engine is gone. An error of waitpid(2) is
 // reported and ends the chat, too: no other event would end it.
 static bool reap_engine(Chat *chat, int flags) {
-    pid_t pid = waitpid(chat->child.pid, &chat->status, flags);
+    pid_t pid = waitpid(chat->child.pid, &chat->wait_status, flags);
     if (pid >= 0) return pid > 0;
     report_error("Cannot get the engine's exit status: %s.", strerror(errno));
     chat->failed = true;
@@ -710,12 +728,12 @@ static const char *signal_name(int signal) {
 // Reports how the engine ended. Returns main's exit status: that of the interrupt, if there was
 // one, whichever process died first; 0 if the engine exited after the end of input; else 1.
 static int report_exit(Chat *chat) {
-    int signal = WIFSIGNALED(chat->status) ? WTERMSIG(chat->status) : 0;
+    int signal = WIFSIGNALED(chat->wait_status) ? WTERMSIG(chat->wait_status) : 0;
     if (chat->interrupt) signal = chat->interrupt;
-    int code = signal ? 128 + signal : WEXITSTATUS(chat->status);
+    int code = signal ? 128 + signal : WEXITSTATUS(chat->wait_status);
     int result = chat->phase == EXITING && code == 0 && !chat->failed ? 0 : 1;
     if (chat->interrupt) result = code;
-    chat->failed |= code == 1;
+    chat->output_failed |= code == 1; // the engine has reported why it failed
 
     print(chat, "%sChild exited with %d", chat->line_ended ? "" : "\n", code);
     if (signal) print(chat, " (%s)", signal_name(signal));
@@ -759,16 +777,14 @@ int main(int argc, char **argv) {
     sigaddset(&blocked, SIGUSR2);
     if (sigprocmask(SIG_BLOCK, &blocked, NULL) < 0) return report_signal_error();
     reserve_standard_fds();
-    char *engine_arguments[argc + 3];
-    Options options = {.engine_arguments = engine_arguments};
+    Options options = {0};
     parse_options(&options, argc, argv);
     if (flush_output() < 0) return 1;
 
     // Blocked signals stay pending until they are read from the signalfd: none is lost, and none
     // interrupts anything. SIGCHLD must not be ignored, or the child's status would be lost.
-    const int numbers[] = {SIGINT, SIGTERM, SIGCHLD, SIGCONT};
-    for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++)
-        sigaddset(&blocked, numbers[i]);
+    const int more[] = {SIGINT, SIGTERM, SIGCHLD, SIGCONT};
+    for (size_t i = 0; i < sizeof(more) / sizeof(more[0]); i++) sigaddset(&blocked, more[i]);
     if (sigprocmask(SIG_BLOCK, &blocked, &before.mask) < 0) return report_signal_error();
     sigaction(SIGCHLD, &(struct sigaction){.sa_handler = SIG_DFL}, &before.sigchld);
     sigaction(SIGPIPE, &(struct sigaction){.sa_handler = SIG_IGN}, &before.sigpipe);
