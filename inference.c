@@ -38,8 +38,8 @@ int main(int argc, char **argv) {
     choose_seed(&settings);
 
     Session session;
-    if (build_session(&session, &settings) < 0) return 1;
-    int result = serve(generate, &session, argv + optind, argc - optind);
+    int result = build_session(&session, &settings);
+    if (result == 0) result = serve(generate, &session, argv + optind, argc - optind);
     free_session(&session);
     return result < 0 || flush_output() < 0 ? 1 : 0;
 }

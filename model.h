@@ -24,6 +24,7 @@
 #include "common.h"
 #include <float.h>
 #include <math.h>
+#include <stddef.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #if defined(__x86_64__)
@@ -60,7 +61,7 @@
 //
 // model.bin is llama2.c's int8 "version 2", little endian:
 //
-//   header   256 bytes: see Header
+//   header   256 bytes: see Config
 //   float32  rms_att_weight[layer][dim], rms_ffn_weight[layer][dim], rms_final_weight[dim]
 //   tensors  embedding[vocab][dim]; wq of every layer, then wk of every layer, wv, wo, w1, w2, w3;
 //            the classifier[vocab][dim] unless it shares the embedding's weights
@@ -72,26 +73,24 @@
 #define MODEL_VERSION 2
 #define GROUP 64 // weights or activations that share a scale
 
-typedef struct __attribute__((packed)) {
+typedef struct __attribute__((packed, aligned(4))) {
     uint32_t magic;
     int32_t version;
     int32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len;
     uint8_t shared_classifier; // 0: the classifier has weights of its own
     int32_t group_size;        // not aligned
-    uint8_t zeros[215];        // up to 256 bytes
-} Header;
+    uint8_t zeros[215];        // the header ends here
+    int32_t head_size, kv_dim; // dim / n_heads, n_kv_heads * head_size
+} Config;
+
+#define HEADER_SIZE 256
+_Static_assert(offsetof(Config, head_size) == HEADER_SIZE, "what is read from the file");
 
 // Limits on a hostile header; within them no size below can overflow.
 #define MAX_WIDTH 32768 // of dim and hidden_dim
 #define MAX_LAYERS 1024
 #define MAX_VOCAB (1 << 24)
 #define MAX_SEQ_LEN (1 << 20)
-
-typedef struct {
-    int dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len; // of the header
-    int head_size, kv_dim;  // dim / n_heads, n_kv_heads * head_size
-    bool shared_classifier; // of the header
-} Config;
 
 // What the kernels read: PANEL_ROWS rows of a group, 4 columns of all rows side by side, so that
 // the sum of a row stays in its own lane of a vector. The scales follow their weights, so that a
@@ -109,7 +108,7 @@ typedef struct {
 // long (Zen 3, AVX2).
 #define STREAMS 4
 #define STREAM_ROWS (STREAMS * PANEL_ROWS) // of one panel in each stream
-#define FEW_TOKENS 32 // in a pass over so many or fewer the kernels read all streams at once
+#define FEW_TOKENS 32 // up to so many tokens, the kernels read all streams at once
 
 typedef struct {
     size_t rows, cols;
@@ -133,7 +132,6 @@ typedef struct {
 
 // Matrices that have the same input are one tensor.
 typedef struct {
-    const float *rms_att_weight, *rms_ffn_weight; // [dim]
     QuantizedTensor wqkv; // [dim + 2 * kv_dim][dim]: the rows of wq, then of wk, then of wv
     QuantizedTensor wo;   // [dim][dim]
     QuantizedTensor w13;  // [2 * hidden_dim][dim]: panels of w1 (gate) and w3 (up) in turn
@@ -141,11 +139,11 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    QuantizedTensor embedding, classifier; // [vocab_size][dim], may share their panels
-    float *norms;                          // all the float32 weights, as in the file
-    const float *rms_final_weight;         // [dim]
-    Layer *layers;                         // [n_layers]
-    Memory memory;                         // holds all of them but the layers
+    QuantizedTensor embedding, classifier;  // [vocab_size][dim], may share their panels
+    float *rms_att_weight, *rms_ffn_weight; // [n_layers][dim]
+    float *rms_final_weight;                // [dim]
+    Layer *layers;                          // [n_layers]
+    Memory memory;                          // holds all of them but the layers
 } Weights;
 
 // The input of a matrix, quantized per group of 64 like the weights.
@@ -207,8 +205,9 @@ typedef struct {
     // the sum.
     void (*softmax)(float *x, size_t n);
 
-    // out[i] = silu(gate[i]) * up[i], silu(h) = h * (1 / (1 + exp(-h))); n is a multiple of 8
-    void (*swiglu)(float *out, const float *gate, const float *up, size_t n);
+    // out[i] = silu(gate_up[i]) * gate_up[PANEL_ROWS + i] for the rows of a panel,
+    // silu(h) = h * (1 / (1 + exp(-h)))
+    void (*swiglu)(float *out, const float *gate_up);
 
     // x[i] = e to the power of x[i] - shift, by the definition of section 9, not by libm's expf.
     // Returns the sum in index order. A part of softmax; in the table for the tests.
@@ -229,6 +228,7 @@ static const uint64_t exp_table[32];
 #define ISA portable
 #define LANES 4
 #define TARGET
+#define UNSIGNED_WEIGHTS 0
 #include "model.h"
 
 #if defined(__x86_64__)
@@ -255,6 +255,11 @@ TARGET static inline __m256i add_dot4_avx2(__m256i sum, __m256i w, __m256i x) {
 
 #if defined(__x86_64__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
 #define AVXVNNI // older compilers do not know it
+// Bit 4 of EAX of cpuid's leaf 7, subleaf 1: not every __builtin_cpu_supports() knows it.
+static bool has_avxvnni(void) {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1 << 4);
+}
 #define ISA avxvnni
 #define LANES 8
 #define TARGET __attribute__((target("avx2,avxvnni")))
@@ -282,14 +287,6 @@ TARGET static inline int32x4_t add_dot4_sdot(int32x4_t sum, int8x16_t w, int8x16
 #endif
 
 #define MAX_TABLES 4
-
-#if defined(AVXVNNI)
-// Bit 4 of EAX of cpuid's leaf 7, subleaf 1: not every __builtin_cpu_supports() knows it.
-static bool has_avxvnni(void) {
-    unsigned eax, ebx, ecx, edx;
-    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1 << 4);
-}
-#endif
 
 // Lists the tables that this machine can run, the best first. Returns their number.
 static int usable_kernels(const Kernels *usable[MAX_TABLES]) {
@@ -332,7 +329,7 @@ static const Kernels *choose_kernels(void) {
     return NULL;
 }
 
-// Returns how many floats ahead attention prefetches keys and values; 0 is what it loads anyway. In
+// Returns how many floats ahead attention prefetches keys and values; 0: only what it loads. In
 // an earlier version 4 KB made a token near position 1000 take 0.93 of its time on an Intel Xeon
 // with AVX-512, and more than 1 on an AMD Zen 4. On a Zen 3 they make no difference (0.99).
 static size_t choose_kv_ahead(void) {
@@ -358,13 +355,12 @@ typedef struct {
     float *gate_up;              // [MAX_BATCH][2 * hidden_dim], in turn as the rows of w13
     float *hb;                   // [MAX_BATCH][hidden_dim], the output of SwiGLU
     float *rope;                 // [MAX_BATCH][head_size / 2][cos, sin]
-    float *logits;               // [MAX_BATCH][vocab_size]
+    float *logits;               // [wanted][vocab_size], see Pass
     QuantizedActivations shared; // of all tokens of a pass
     QuantizedActivations own[MAX_THREADS]; // of the only token of a pass
     float *normed[MAX_THREADS];            // [NORM_ROWS][dim], between rmsnorm() and quantize()
     float *att[MAX_THREADS];               // [n_heads / n_kv_heads][max_kv_len]
-    float *frequency;                      // [head_size / 2], radians per position
-    float *kv_cache;                       // see keys_of()
+    float *kv_cache;                       // see kv_block()
     size_t max_kv_len;                     // positions that the KV cache has room for
     Memory memory;                         // holds all of them
 } State;
@@ -425,28 +421,27 @@ static void read_bytes(ModelFile *file, void *to, size_t size) {
     else refuse_file(file->path, "it ends too early");
 }
 
+// The size in bytes that a model's file must have.
+static uint64_t expected_file_size(const Config *c) {
+    uint64_t dim = c->dim, hidden_dim = c->hidden_dim, kv_dim = c->kv_dim;
+    uint64_t layer = 2 * dim * dim + 2 * kv_dim * dim + 3 * hidden_dim * dim;
+    uint64_t weights = c->vocab_size * dim * (c->shared_classifier ? 1 : 2) + c->n_layers * layer;
+    uint64_t floats = (2 * c->n_layers + 1) * dim + weights / GROUP; // norms and scales
+    return HEADER_SIZE + weights + floats * sizeof(float);
+}
+
 // Reads the header into *c. Everything in it is hostile until checked. Returns 0, or -1 after one
 // line on stderr.
 static int read_header(Config *c, ModelFile *file) {
     const char *path = file->path;
-    Header h;
-    if (file->size < sizeof(h))
-        return refuse_file(path, "too short (%zu bytes) for a model", file->size);
-    read_bytes(file, &h, sizeof(h));
+    read_bytes(file, c, HEADER_SIZE);
     if (file->failed) return -1;
-    if (h.magic != MODEL_MAGIC) return refuse_file(path, "not a model (the magic number is wrong)");
-    if (h.version != MODEL_VERSION)
-        return refuse_file(path, "version %d of the format, but expected is 2 (int8)", h.version);
-    if (h.group_size != GROUP)
-        return refuse_file(path, "groups of %d weights, but expected are 64", h.group_size);
-    *c = (Config){.dim = h.dim,
-                  .hidden_dim = h.hidden_dim,
-                  .n_layers = h.n_layers,
-                  .n_heads = h.n_heads,
-                  .n_kv_heads = h.n_kv_heads,
-                  .vocab_size = h.vocab_size,
-                  .seq_len = h.seq_len,
-                  .shared_classifier = h.shared_classifier != 0};
+    if (c->magic != MODEL_MAGIC)
+        return refuse_file(path, "not a model (the magic number is wrong)");
+    if (c->version != MODEL_VERSION)
+        return refuse_file(path, "version %d of the format, but expected is 2 (int8)", c->version);
+    if (c->group_size != GROUP)
+        return refuse_file(path, "groups of %d weights, but expected are 64", c->group_size);
     if (c->dim < GROUP || c->dim > MAX_WIDTH || c->dim % GROUP != 0 || c->hidden_dim < GROUP ||
         c->hidden_dim > MAX_WIDTH || c->hidden_dim % GROUP != 0)
         return refuse_file(path,
@@ -463,21 +458,10 @@ static int read_header(Config *c, ModelFile *file) {
                            c->n_layers, c->vocab_size, c->seq_len);
     c->head_size = c->dim / c->n_heads;
     c->kv_dim = c->n_kv_heads * c->head_size;
+    if (file->size != expected_file_size(c))
+        return refuse_file(path, "%zu bytes, but its header announces %llu", file->size,
+                           (unsigned long long)expected_file_size(c));
     return 0;
-}
-
-// float32 weights of all norms, which follow the header
-static size_t count_norms(const Config *c) {
-    return (2 * (size_t)c->n_layers + 1) * (size_t)c->dim;
-}
-
-// The size in bytes that a model's file must have.
-static uint64_t expected_file_size(const Config *c) {
-    uint64_t dim = c->dim, hidden_dim = c->hidden_dim, kv_dim = c->kv_dim;
-    uint64_t layer = 2 * dim * dim + 2 * kv_dim * dim + 3 * hidden_dim * dim;
-    uint64_t weights = c->vocab_size * dim * (c->shared_classifier ? 1 : 2) + c->n_layers * layer;
-    return sizeof(Header) + count_norms(c) * sizeof(float) + weights +
-           weights / GROUP * sizeof(float);
 }
 
 // A layout function runs twice. At first `start` is NULL: take_memory() only adds up the sizes and
@@ -503,6 +487,10 @@ static void *take_memory(Memory *memory, uint64_t count, size_t size) {
     return piece;
 }
 
+static float *take_floats(Memory *memory, uint64_t count) {
+    return take_memory(memory, count, sizeof(float));
+}
+
 static void release_memory(Memory *memory) {
     if (memory->start) munmap(memory->start, (size_t)memory->size);
 }
@@ -524,7 +512,9 @@ static void lay_out_weights(Weights *w, const Config *c) {
     }
     w->embedding = take_tensor(memory, c->vocab_size, dim);
     w->classifier = c->shared_classifier ? w->embedding : take_tensor(memory, c->vocab_size, dim);
-    w->norms = take_memory(memory, count_norms(c), sizeof(float));
+    w->rms_att_weight = take_floats(memory, c->n_layers * dim);
+    w->rms_ffn_weight = take_floats(memory, c->n_layers * dim);
+    w->rms_final_weight = take_floats(memory, dim);
 }
 
 // Reads a tensor of `rows` rows from the file into w: row r becomes row
@@ -552,13 +542,9 @@ static void read_tensor(ModelFile *file, QuantizedTensor *w, size_t start, size_
 // Reads all that follows the header, in the file's order.
 static void read_weights(ModelFile *file, Weights *w, const Config *c) {
     size_t dim = c->dim, kv_dim = c->kv_dim, hidden_dim = c->hidden_dim, layers = c->n_layers;
-    read_bytes(file, w->norms, count_norms(c) * sizeof(float));
-    for (size_t i = 0; i < layers; i++) {
-        w->layers[i].rms_att_weight = w->norms + i * dim;
-        w->layers[i].rms_ffn_weight = w->norms + (layers + i) * dim;
-    }
-    w->rms_final_weight = w->norms + 2 * layers * dim;
-
+    read_bytes(file, w->rms_att_weight, layers * dim * sizeof(float));
+    read_bytes(file, w->rms_ffn_weight, layers * dim * sizeof(float));
+    read_bytes(file, w->rms_final_weight, dim * sizeof(float));
     Layer *end = w->layers + layers;
     read_tensor(file, &w->embedding, 0, 0, c->vocab_size);
     for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wqkv, 0, 0, dim);
@@ -570,10 +556,6 @@ static void read_weights(ModelFile *file, Weights *w, const Config *c) {
     for (Layer *l = w->layers; l < end; l++)
         read_tensor(file, &l->w13, PANEL_ROWS, PANEL_ROWS, hidden_dim);
     if (!c->shared_classifier) read_tensor(file, &w->classifier, 0, 0, c->vocab_size);
-}
-
-static float *take_floats(Memory *memory, uint64_t count) {
-    return take_memory(memory, count, sizeof(float));
 }
 
 static QuantizedActivations take_activations(Memory *memory, size_t tokens, size_t width) {
@@ -591,18 +573,14 @@ static QuantizedActivations take_activations(Memory *memory, size_t tokens, size
 // occupies only the beginning of it, and yet what a worker reads for a head of a layer lies
 // together.
 
-// Returns the block of keys [head_size][KEY_BLOCK] of a KV head of a layer that holds a position.
-static float *keys_of(const State *s, const Config *c, size_t layer, size_t kv_head,
-                      size_t position) {
-    size_t chunk = ((position / CHUNK * c->n_layers + layer) * 2) * c->n_kv_heads + kv_head;
-    return s->kv_cache + (chunk * CHUNK + position % CHUNK / KEY_BLOCK * KEY_BLOCK) * c->head_size;
-}
-
-// Returns the values [head_size] of a position.
-static float *values_of(const State *s, const Config *c, size_t layer, size_t kv_head,
-                        size_t position) {
-    size_t chunk = ((position / CHUNK * c->n_layers + layer) * 2 + 1) * c->n_kv_heads + kv_head;
-    return s->kv_cache + (chunk * CHUNK + position % CHUNK) * c->head_size;
+// Returns the block of KEY_BLOCK positions that a position lies in. The heads of a layer are
+// counted as in the rows of wqkv: 0..n_kv_heads have keys [head_size][KEY_BLOCK], and the same
+// number behind them has values [KEY_BLOCK][head_size].
+static float *kv_block(const State *s, const Config *c, size_t layer, size_t head,
+                       size_t position) {
+    size_t chunk = (position / CHUNK * c->n_layers + layer) * 2 * c->n_kv_heads + head;
+    size_t first = position % CHUNK / KEY_BLOCK * KEY_BLOCK;
+    return s->kv_cache + (chunk * CHUNK + first) * c->head_size;
 }
 
 static void lay_out_state(State *s, const Config *c) {
@@ -619,7 +597,6 @@ static void lay_out_state(State *s, const Config *c) {
     s->gate_up = take_floats(memory, MAX_BATCH * 2 * hidden_dim);
     s->hb = take_floats(memory, MAX_BATCH * hidden_dim);
     s->rope = take_floats(memory, MAX_BATCH * (size_t)c->head_size);
-    s->frequency = take_floats(memory, (size_t)c->head_size / 2);
     s->shared = take_activations(memory, MAX_BATCH, widest);
     for (int worker = 0; worker < MAX_THREADS; worker++) {
         s->own[worker] = take_activations(memory, 1, widest);
@@ -635,10 +612,6 @@ static int build_state(State *s, const Config *c, const char *path) {
     if (reserve_memory(&s->memory, path, "computing", MAP_NORESERVE) < 0) return -1;
     lay_out_state(s, c);
     madvise(s->kv_cache, (size_t)((char *)s->x - (char *)s->kv_cache), MADV_HUGEPAGE);
-    // RoPE's frequencies. libm's pow, like its cos and sin below, is taken in double and rounded
-    // once: its float functions differ between machines.
-    for (int i = 0; i < c->head_size / 2; i++)
-        s->frequency[i] = 1 / (float)pow(10000.0, (double)(2 * i / (float)c->head_size));
     return 0;
 }
 
@@ -660,23 +633,18 @@ static void free_transformer(Transformer *t) {
     free(t->weights.layers);
     release_memory(&t->weights.memory);
     release_memory(&t->state.memory);
-    *t = (Transformer){0};
 }
 
 // Loads a model: checks the file and packs its weights into panels. The file is not needed
-// afterwards. Returns 0, or -1 after one line on stderr, with nothing left to free.
+// afterwards. Returns 0, or -1 after one line on stderr; free_transformer() is due in both cases.
 static int build_transformer(Transformer *t, const char *path) {
     ModelFile file;
     *t = (Transformer){.kernels = choose_kernels(), .kv_ahead = choose_kv_ahead()};
     if (t->kernels == NULL || open_model_file(&file, path) < 0) return -1;
     int result = read_header(&t->config, &file);
-    if (result == 0 && file.size != expected_file_size(&t->config))
-        result = refuse_file(path, "%zu bytes, but its header announces %llu", file.size,
-                             (unsigned long long)expected_file_size(&t->config));
     if (result == 0) result = build_weights(&t->weights, &t->config, &file);
     if (result == 0) result = build_state(&t->state, &t->config, path);
     fclose(file.stream);
-    if (result < 0) free_transformer(t);
     return result;
 }
 
@@ -700,8 +668,7 @@ typedef struct {
     const int *tokens;
     size_t n;      // tokens of this pass, 1..MAX_BATCH
     size_t pos;    // position of the first
-    size_t wanted; // logits are computed for so many of the last tokens, 0..n ...
-    float *logits; // ... into [wanted][vocab_size]
+    size_t wanted; // logits are computed for so many of the last tokens, 0..n
     int workers;   // of the engine
 } Pass;
 
@@ -714,23 +681,23 @@ static bool claim(int worker, size_t count, size_t piece_size, Range *piece);
 // are done.
 static void run_pass(Pass *pass);
 
-// cos and sin for pair i of a head at a position: table[i][0], table[i][1]
-static void rope_table(float *table, const float *frequency, size_t head_size, size_t pos) {
-    for (size_t i = 0; i < head_size / 2; i++) {
-        float angle = (float)pos * frequency[i];
-        table[2 * i] = (float)cos((double)angle);
-        table[2 * i + 1] = (float)sin((double)angle);
+// cos and sin for the pairs of a head at a position: table[i], table[i + 1], i even. libm's pow,
+// cos and sin are taken in double and rounded once: its float functions differ between machines.
+static void rope_table(float *table, size_t head_size, size_t pos) {
+    for (size_t i = 0; i < head_size; i += 2) {
+        float frequency = 1 / (float)pow(10000.0, (double)((float)i / (float)head_size));
+        float angle = (float)pos * frequency; // radians
+        table[i] = (float)cos((double)angle);
+        table[i + 1] = (float)sin((double)angle);
     }
 }
 
-// Rotates the pairs (x[r], x[r + 1]) of a range of rows of one or more heads.
-static void rope(float *x, Range rows, const float *table, size_t head_size) {
-    size_t i = rows.first % head_size;
-    for (size_t r = rows.first; r < rows.last; r += 2) {
-        float a = x[r], b = x[r + 1], c = table[i], s = table[i + 1];
-        x[r] = a * c - b * s;
-        x[r + 1] = a * s + b * c;
-        i = i + 2 < head_size ? i + 2 : 0;
+// Rotates the pairs (x[i], x[i + 1]) of n rows of a head; table begins with that of the first pair.
+static void rope(float *x, const float *table, size_t n) {
+    for (size_t i = 0; i < n; i += 2) {
+        float a = x[i], b = x[i + 1], c = table[i], s = table[i + 1];
+        x[i] = a * c - b * s;
+        x[i + 1] = a * s + b * c;
     }
 }
 
@@ -749,7 +716,7 @@ static void rmsnorm(float *out, const float *x, const float *weight, size_t size
     }
 }
 
-// What a matrix is multiplied by: n tokens, and these quantized.
+// The input of a matrix: n tokens, and q holds them when `quantized` is true.
 typedef struct {
     const float *x;      // [n][q.width]
     const float *weight; // [q.width] of the rmsnorm in front of the matrix, or NULL
@@ -777,8 +744,8 @@ static void quantize_tokens(const Pass *pass, int worker, MatrixInput *in, Range
 // token every worker repeats the work in its own buffer, in mat_mul(): cheaper than a barrier. It
 // does that after it has claimed rows, because x is not overwritten before all claimed rows are
 // done.
-static MatrixInput quantize_input(const Pass *pass, int worker, const float *x, const float *weight,
-                                  size_t width, size_t n) {
+static MatrixInput prepare_input(const Pass *pass, int worker, const float *x, const float *weight,
+                                 size_t width, size_t n) {
     State *s = &pass->transformer->state;
     MatrixInput in = {.x = x, .weight = weight, .n = n, .quantized = n > 1};
     in.q = n > 1 ? s->shared : s->own[worker];
@@ -808,63 +775,68 @@ static void mat_mul(const Pass *pass, int worker, float *out, const QuantizedTen
     else kernels->mat_mat_mul(out, w, rows, &in->q, in->n);
 }
 
-// A step: x[token][row] = x[token][row] + w[row] . input[token], the end of a block.
+// The end of a block: x[token][row] = x[token][row] + w[row] . input[token]
 static void add_to_residual(const Pass *pass, int worker, const QuantizedTensor *w,
-                            MatrixInput *in) {
+                            const float *input) {
     float *x = pass->transformer->state.x, *out = pass->transformer->state.xb2;
-    for (Range rows = {0}; claim(worker, w->rows, rows_per_piece(in), &rows);) {
-        mat_mul(pass, worker, out, w, rows, in);
-        for (size_t token = 0; token < in->n; token++)
+    MatrixInput in = prepare_input(pass, worker, input, NULL, w->cols, pass->n);
+    for (Range rows = {0}; claim(worker, w->rows, rows_per_piece(&in), &rows);) {
+        mat_mul(pass, worker, out, w, rows, &in);
+        for (size_t token = 0; token < pass->n; token++)
             for (size_t i = token * w->rows + rows.first; i < token * w->rows + rows.last; i++)
                 x[i] = x[i] + out[i];
     }
 }
 
-// Moves the keys and values among the rows of wqkv into the KV cache.
-static void store_keys_and_values(const Pass *pass, size_t layer, Range rows) {
+// Rotates the queries and keys among the rows of wqkv, and copies the keys and values into the KV
+// cache.
+static void rotate_and_store(const Pass *pass, size_t layer, Range rows) {
     const Config *c = &pass->transformer->config;
     const State *s = &pass->transformer->state;
     size_t head_size = c->head_size, n_heads = c->n_heads, n_kv_heads = c->n_kv_heads;
     for (size_t token = 0; token < pass->n; token++) {
-        size_t position = pass->pos + token, end;
-        const float *qkv = s->qkv + token * (c->dim + 2 * c->kv_dim);
+        size_t position = pass->pos + token, at = position % KEY_BLOCK, end;
+        float *qkv = s->qkv + token * (c->dim + 2 * c->kv_dim);
         for (size_t r = rows.first; r < rows.last; r = end) {
             size_t head = r / head_size, i = r % head_size; // query, key and value heads
+            bool is_value = head >= n_heads + n_kv_heads;
             end = min_size((head + 1) * head_size, rows.last);
+            if (!is_value) rope(qkv + r, s->rope + token * head_size + i, end - r);
             if (head < n_heads) continue;
-            float *key = keys_of(s, c, layer, (head - n_heads) % n_kv_heads, position);
-            float *value = values_of(s, c, layer, (head - n_heads) % n_kv_heads, position);
+            float *block = kv_block(s, c, layer, head - n_heads, position);
             for (; r < end; r++, i++)
-                if (head < n_heads + n_kv_heads) key[i * KEY_BLOCK + position % KEY_BLOCK] = qkv[r];
-                else value[i] = qkv[r];
+                block[is_value ? at * head_size + i : i * KEY_BLOCK + at] = qkv[r];
         }
     }
 }
 
-// Attention of a range of query heads for one token: scores against all keys so far, softmax, the
-// weighted sum of the values. Grouped-query attention: n_heads / n_kv_heads query heads share the
-// keys and values of a KV head, and go over them together.
-static void multi_head_attn(const Pass *pass, size_t layer, size_t token, Range heads, float *att) {
+// Attention of a range of queries: scores against all keys so far, softmax, the weighted sum of the
+// values. Query number token * n_heads + head is a head of a token. Grouped-query attention:
+// n_heads / n_kv_heads query heads share the keys and values of a KV head, and go over them
+// together.
+static void multi_head_attn(const Pass *pass, size_t layer, Range queries, float *att) {
     const Config *c = &pass->transformer->config;
     const State *s = &pass->transformer->state;
     const Kernels *kernels = pass->transformer->kernels;
     size_t ahead = pass->transformer->kv_ahead, stride = s->max_kv_len;
-    size_t head_size = c->head_size, heads_per_kv_head = c->n_heads / c->n_kv_heads;
-    size_t kv_len = pass->pos + token + 1;
+    size_t head_size = c->head_size, n_heads = c->n_heads, n_kv_heads = c->n_kv_heads;
+    size_t heads_per_kv_head = n_heads / n_kv_heads;
 
-    for (size_t head = heads.first, end; head < heads.last; head = end) {
-        size_t kv_head = head / heads_per_kv_head;
-        end = min_size((kv_head + 1) * heads_per_kv_head, heads.last);
+    for (size_t query = queries.first, count; query < queries.last; query += count) {
+        size_t token = query / n_heads, head = query % n_heads, kv_head = head / heads_per_kv_head;
+        size_t kv_len = pass->pos + token + 1;
+        count = min_size(heads_per_kv_head - head % heads_per_kv_head, queries.last - query);
         const float *q = s->qkv + token * (c->dim + 2 * c->kv_dim) + head * head_size;
-        float *out = s->xb + token * c->dim + head * head_size;
+        float *out = s->xb + query * head_size;
         for (size_t t = 0; t < kv_len; t += CHUNK)
-            kernels->score(att + t, stride, q, end - head, head_size,
-                           keys_of(s, c, layer, kv_head, t), min_size(kv_len - t, CHUNK), ahead);
-        for (size_t i = 0; i < end - head; i++) kernels->softmax(att + i * stride, kv_len);
-        memset(out, 0, (end - head) * head_size * sizeof(float));
+            kernels->score(att + t, stride, q, count, head_size, kv_block(s, c, layer, kv_head, t),
+                           min_size(kv_len - t, CHUNK), ahead);
+        for (size_t i = 0; i < count; i++) kernels->softmax(att + i * stride, kv_len);
+        memset(out, 0, count * head_size * sizeof(float));
         for (size_t t = 0; t < kv_len; t += CHUNK)
-            kernels->mix(out, att + t, stride, end - head, head_size,
-                         values_of(s, c, layer, kv_head, t), min_size(kv_len - t, CHUNK), ahead);
+            kernels->mix(out, att + t, stride, count, head_size,
+                         kv_block(s, c, layer, n_kv_heads + kv_head, t),
+                         min_size(kv_len - t, CHUNK), ahead);
     }
 }
 
@@ -884,30 +856,23 @@ static void attention_block(const Pass *pass, int worker, size_t layer) {
     const Config *c = &t->config;
     const Layer *l = &t->weights.layers[layer];
     State *s = &t->state;
-    size_t dim = c->dim, head_size = c->head_size, n = pass->n, rope_rows = dim + c->kv_dim;
+    size_t dim = c->dim, n = pass->n;
 
-    MatrixInput in = quantize_input(pass, worker, s->x, l->rms_att_weight, dim, n);
+    MatrixInput in =
+        prepare_input(pass, worker, s->x, t->weights.rms_att_weight + layer * dim, dim, n);
     for (Range rows = {0}; claim(worker, l->wqkv.rows, rows_per_piece(&in), &rows);) {
         mat_mul(pass, worker, s->qkv, &l->wqkv, rows, &in);
-        for (size_t token = 0; token < n; token++)
-            rope(s->qkv + token * l->wqkv.rows, (Range){rows.first, min_size(rows.last, rope_rows)},
-                 s->rope + token * head_size, head_size);
-        store_keys_and_values(pass, layer, rows);
+        rotate_and_store(pass, layer, rows);
     }
 
     // A single token: one piece for each worker, so that most query heads that share a KV head stay
     // together. Several tokens: each token is a piece.
-    size_t heads = ((size_t)c->n_heads + pass->workers - 1) / pass->workers;
-    if (n == 1)
-        for (Range piece = {0}; claim(worker, c->n_heads, heads, &piece);)
-            multi_head_attn(pass, layer, 0, piece, s->att[worker]);
-    else
-        for (Range tokens = {0}; claim(worker, n, 1, &tokens);)
-            for (size_t token = tokens.first; token < tokens.last; token++)
-                multi_head_attn(pass, layer, token, (Range){0, c->n_heads}, s->att[worker]);
+    size_t n_heads = c->n_heads, workers = pass->workers;
+    size_t piece_size = n > 1 ? n_heads : (n_heads + workers - 1) / workers;
+    for (Range queries = {0}; claim(worker, n * n_heads, piece_size, &queries);)
+        multi_head_attn(pass, layer, queries, s->att[worker]);
 
-    in = quantize_input(pass, worker, s->xb, NULL, dim, n);
-    add_to_residual(pass, worker, &l->wo, &in);
+    add_to_residual(pass, worker, &l->wo, s->xb);
 }
 
 // One layer's feed-forward block: x = x + w2 . swiglu(w13 . rmsnorm(x))
@@ -915,20 +880,19 @@ static void feed_forward_block(const Pass *pass, int worker, size_t layer) {
     Transformer *t = pass->transformer;
     const Layer *l = &t->weights.layers[layer];
     State *s = &t->state;
-    size_t dim = t->config.dim, hidden_dim = t->config.hidden_dim, n = pass->n;
+    size_t dim = t->config.dim, n = pass->n;
 
-    MatrixInput in = quantize_input(pass, worker, s->x, l->rms_ffn_weight, dim, n);
+    MatrixInput in =
+        prepare_input(pass, worker, s->x, t->weights.rms_ffn_weight + layer * dim, dim, n);
     for (Range rows = {0}; claim(worker, l->w13.rows, rows_per_piece(&in), &rows);) {
         mat_mul(pass, worker, s->gate_up, &l->w13, rows, &in);
         for (size_t token = 0; token < n; token++)
             for (size_t r = rows.first; r < rows.last; r += 2 * PANEL_ROWS) {
-                const float *gate = s->gate_up + token * 2 * hidden_dim + r;
-                t->kernels->swiglu(s->hb + token * hidden_dim + r / 2, gate, gate + PANEL_ROWS,
-                                   PANEL_ROWS);
+                size_t i = token * l->w13.rows + r;
+                t->kernels->swiglu(s->hb + i / 2, s->gate_up + i);
             }
     }
-    in = quantize_input(pass, worker, s->hb, NULL, hidden_dim, n);
-    add_to_residual(pass, worker, &l->w2, &in);
+    add_to_residual(pass, worker, &l->w2, s->hb);
 }
 
 // Takes a worker through all steps of a pass.
@@ -941,31 +905,27 @@ static void forward_steps(const Pass *pass, int worker) {
     for (Range tokens = {0}; claim(worker, pass->n, 1, &tokens);)
         for (size_t token = tokens.first; token < tokens.last; token++) {
             embed(s->x + token * dim, &w->embedding, pass->tokens[token]);
-            rope_table(s->rope + token * head_size, s->frequency, head_size, pass->pos + token);
+            rope_table(s->rope + token * head_size, head_size, pass->pos + token);
         }
     for (size_t layer = 0; layer < (size_t)t->config.n_layers; layer++) {
         attention_block(pass, worker, layer);
         feed_forward_block(pass, worker, layer);
     }
     if (pass->wanted == 0) return;
-    MatrixInput in = quantize_input(pass, worker, s->x + (pass->n - pass->wanted) * dim,
-                                    w->rms_final_weight, dim, pass->wanted);
+    MatrixInput in = prepare_input(pass, worker, s->x + (pass->n - pass->wanted) * dim,
+                                   w->rms_final_weight, dim, pass->wanted);
     for (Range rows = {0}; claim(worker, w->classifier.rows, rows_per_piece(&in), &rows);)
-        mat_mul(pass, worker, pass->logits, &w->classifier, rows, &in);
+        mat_mul(pass, worker, s->logits, &w->classifier, rows, &in);
 }
 
 // Computes n >= 1 tokens at positions pos.. (pos + n <= seq_len), which continue what was computed
 // for the positions before. Returns [wanted][vocab_size] logits of the last `wanted` tokens (0..n,
 // at most MAX_BATCH), which hold until the next call.
 static float *forward_logits(Transformer *t, const int *tokens, int n, int pos, int wanted) {
-    int first_wanted = n - wanted;
-    for (int done = 0; done < n; done += MAX_BATCH) {
-        int count = n - done < MAX_BATCH ? n - done : MAX_BATCH;
-        int skipped = first_wanted > done ? first_wanted - done : 0; // tokens without logits
+    for (int done = 0, count; done < n; done += count) {
+        count = (n - done - 1) % MAX_BATCH + 1; // all but the first are full: the last has `wanted`
         Pass pass = {.transformer = t, .tokens = tokens + done, .n = count, .pos = pos + done};
-        pass.wanted = count > skipped ? count - skipped : 0;
-        pass.logits =
-            t->state.logits + (size_t)(done + skipped - first_wanted) * t->config.vocab_size;
+        pass.wanted = done + count == n ? wanted : 0;
         run_pass(&pass);
     }
     return t->state.logits;
@@ -1009,9 +969,9 @@ typedef struct {
 
 // Items in a heap: the greatest key is on top, and of equal keys the lowest order.
 typedef struct {
-    float key;
-    int order;
-    int length;
+    float key;  // score of a token, or probability
+    int order;  // position of the pair, or id
+    int length; // of the merged pair in bytes; unused in the sampler
 } Item;
 
 static bool ranks_before(Item a, Item b) {
@@ -1056,28 +1016,25 @@ static void mark_class(uint8_t *class_of, uint8_t class, const uint16_t *ranges,
 }
 
 // Reads one character of UTF-8. Returns its length in bytes, 0 if this is none, or -1 if the bytes
-// end within what may become one. RFC 3629: no longer forms than needed, no surrogates, up to
+// end within what looks like one. RFC 3629: no longer forms than needed, no surrogates, up to
 // 10FFFF.
 static int decode_utf8(const char *text, size_t length, uint32_t *code) {
+    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000}; // code of so many bytes
     const unsigned char *s = (const unsigned char *)text;
     int count = s[0] < 0x80   ? 1
-                : s[0] < 0xC2 ? 0
+                : s[0] < 0xC0 ? 0
                 : s[0] < 0xE0 ? 2
                 : s[0] < 0xF0 ? 3
-                : s[0] < 0xF5 ? 4
+                : s[0] < 0xF8 ? 4
                               : 0;
     *code = count > 1 ? s[0] & (0x7Fu >> count) : s[0];
     for (int i = 1; i < count; i++) {
         if ((size_t)i == length) return -1;
-        unsigned char least = 0x80, most = 0xBF;
-        if (i == 1 && s[0] == 0xE0) least = 0xA0;
-        if (i == 1 && s[0] == 0xED) most = 0x9F;
-        if (i == 1 && s[0] == 0xF0) least = 0x90;
-        if (i == 1 && s[0] == 0xF4) most = 0x8F;
-        if (s[i] < least || s[i] > most) return 0;
+        if ((s[i] & 0xC0) != 0x80) return 0;
         *code = *code << 6 | (s[i] & 0x3F);
     }
-    return count;
+    bool surrogate = *code >= 0xD800 && *code < 0xE000;
+    return *code < least[count] || surrogate || *code >= UNICODE_END ? 0 : count;
 }
 
 // The order of the tokens by their bytes: for qsort(3) and bsearch(3), on pointers to tokens.
@@ -1115,11 +1072,23 @@ static void free_tokenizer(Tokenizer *t) {
     free(t->sorted);
     free(t->class_of);
     free(t->file);
-    *t = (Tokenizer){0};
 }
 
-// Points the tokens into the file. Everything in it is hostile until checked.
-static int read_tokens(Tokenizer *t, size_t size, const char *path) {
+// Reads the file and points the tokens into it. Everything in it is hostile until checked. Returns
+// 0, or -1 after one line on stderr.
+static int read_tokens(Tokenizer *t, ModelFile *file) {
+    const char *path = file->path;
+    size_t size = file->size;
+    if (size > MAX_TOKENIZER_SIZE)
+        return refuse_file(path, "too long (%zu bytes) for a tokenizer", size);
+    t->file = malloc(size + 1);
+    t->tokens = calloc((size_t)t->vocab_size, sizeof(Token));
+    t->sorted = malloc((size_t)t->vocab_size * sizeof(Token *));
+    t->class_of = calloc(UNICODE_END, 1);
+    if (!t->file || !t->tokens || !t->sorted || !t->class_of)
+        return refuse_for_memory(path, "its tokens", size);
+    read_bytes(file, t->file, size);
+    if (file->failed) return -1;
     size_t at = sizeof(int32_t); // max_token_length is not needed
     for (int id = 0; id < t->vocab_size; id++) {
         Token *token = &t->tokens[id];
@@ -1142,39 +1111,22 @@ static int read_tokens(Tokenizer *t, size_t size, const char *path) {
     return 0;
 }
 
-// Loads the tokenizer of a model with so many tokens. Returns 0, or -1 after one line on stderr,
-// with nothing left to free.
+// Loads the tokenizer of a model with so many tokens. Returns 0, or -1 after one line on stderr;
+// free_tokenizer() is due in both cases.
 static int build_tokenizer(Tokenizer *t, const char *path, int vocab_size) {
     *t = (Tokenizer){.vocab_size = vocab_size};
     ModelFile file;
     if (open_model_file(&file, path) < 0) return -1;
-    if (file.size > MAX_TOKENIZER_SIZE) {
-        refuse_file(path, "too long (%zu bytes) for a tokenizer", file.size);
-        goto failed;
-    }
-    t->file = malloc(file.size + 1);
-    t->tokens = calloc((size_t)vocab_size, sizeof(Token));
-    t->sorted = malloc((size_t)vocab_size * sizeof(Token *));
-    t->class_of = calloc(UNICODE_END, 1);
-    if (!t->file || !t->tokens || !t->sorted || !t->class_of) {
-        refuse_for_memory(path, "its tokens", file.size);
-        goto failed;
-    }
-    read_bytes(&file, t->file, file.size);
-    if (file.failed || read_tokens(t, file.size, path) < 0) goto failed;
-
+    int result = read_tokens(t, &file);
+    fclose(file.stream);
+    if (result < 0) return -1;
     sort_tokens(t);
     mark_class(t->class_of, LETTER, letter_ranges, sizeof(letter_ranges) / sizeof(uint16_t));
     mark_class(t->class_of, NUMBER, number_ranges, sizeof(number_ranges) / sizeof(uint16_t));
     mark_class(t->class_of, SPACE, space_ranges, sizeof(space_ranges) / sizeof(uint16_t));
     t->im_start = find_token(t, "<|im_start|>", 12);
     t->im_end = find_token(t, "<|im_end|>", 10);
-    fclose(file.stream);
     return 0;
-failed:
-    fclose(file.stream);
-    free_tokenizer(t);
-    return -1;
 }
 
 // Control tokens are spelled <name> or <|name|>. encode() never yields one: the pre-tokenizer below
@@ -1283,18 +1235,15 @@ static int encode(Tokenizer *t, const char *text, size_t length, int *tokens) {
     char *piece = malloc(length + 1);
     Symbol *symbols = malloc((length + 1) * sizeof(Symbol));
     Item *heap = malloc((3 * length + 1) * sizeof(Item));
-    int n = -1;
-    if (piece && symbols && heap) {
-        n = 0;
-        for (size_t at = 0, count; at < length; at += count) {
-            count = piece_length(t, text + at, length - at);
-            int kept = 0; // bytes that are no token by themselves are dropped
-            for (size_t i = at; i < at + count; i++)
-                if (find_token(t, text + i, 1) >= 0) piece[kept++] = text[i];
-            n += merge_piece(t, piece, kept, symbols, heap, tokens + n);
-        }
-    } else {
-        report_error("There is not enough memory for a text of %zu bytes.", length);
+    int n = 0;
+    if (!piece || !symbols || !heap)
+        n = report_error("There is not enough memory for a text of %zu bytes.", length);
+    for (size_t at = 0, count; n >= 0 && at < length; at += count) {
+        count = piece_length(t, text + at, length - at);
+        int kept = 0; // bytes that are no token by themselves are dropped
+        for (size_t i = at; i < at + count; i++)
+            if (find_token(t, text + i, 1) >= 0) piece[kept++] = text[i];
+        n += merge_piece(t, piece, kept, symbols, heap, tokens + n);
     }
     free(piece);
     free(symbols);
@@ -1457,7 +1406,8 @@ static void free_session(Session *s) {
     free(s->turns);
 }
 
-// Loads everything that the settings name. Returns 0, or -1 after one line on stderr.
+// Loads everything that the settings name. Returns 0, or -1 after one line on stderr;
+// free_session() is due in both cases.
 static int build_session(Session *s, const Settings *settings) {
     *s = (Session){.max_new_tokens = settings->max_new_tokens,
                    .drafts = {.max_length = settings->draft_tokens, .right = 0.5}};
@@ -1466,46 +1416,44 @@ static int build_session(Session *s, const Settings *settings) {
     if (build_transformer(&s->transformer, path) < 0) return -1;
     const Config *c = &s->transformer.config;
     snprintf(path, sizeof(path), "%s/tokenizer.bin", settings->dir);
-    if (build_tokenizer(&s->tokenizer, path, c->vocab_size) < 0) goto failed;
-    if (s->tokenizer.im_start < 0 || s->tokenizer.im_end < 0) {
-        refuse_file(path, "no <|im_start|> and <|im_end|>: this is not a chat model's tokenizer");
-        goto failed;
-    }
+    if (build_tokenizer(&s->tokenizer, path, c->vocab_size) < 0) return -1;
+    if (s->tokenizer.im_start < 0 || s->tokenizer.im_end < 0)
+        return refuse_file(path,
+                           "no <|im_start|> and <|im_end|>: this is not a chat model's tokenizer");
     if (build_sampler(&s->sampler, c->vocab_size, settings->temperature, settings->top_p,
                       settings->seed) < 0)
-        goto failed;
+        return -1;
     s->sampler.kernels = s->transformer.kernels;
     s->ids = malloc((size_t)c->seq_len * sizeof(int));
     s->turns = malloc((size_t)c->seq_len * sizeof(int));
     if (s->ids && s->turns) return 0;
-    report_error("There is not enough memory for a window of %d tokens.", c->seq_len);
-failed:
-    free_session(s);
-    return -1;
+    return report_error("There is not enough memory for a window of %d tokens.", c->seq_len);
 }
 
 // The ids of a turn up to where the reply begins. ids has room for length + 64. Returns their
 // number, or -1.
 static int encode_prompt(Tokenizer *t, const char *prompt, size_t length, int *ids) {
-    static const char role[] = "user\n";
-    char text[sizeof(role) + MAX_PROMPT_LEN];
-    int n = 0, count;
-    memcpy(text, role, sizeof(role) - 1);
-    memcpy(text + sizeof(role) - 1, prompt, length);
-    ids[n++] = t->im_start;
-    if ((count = encode(t, text, sizeof(role) - 1 + length, ids + n)) < 0) return -1;
-    n += count;
-    ids[n++] = t->im_end;
-    if ((count = encode(t, "\n", 1, ids + n)) < 0) return -1;
-    n += count;
-    ids[n++] = t->im_start;
-    if ((count = encode(t, "assistant\n", 10, ids + n)) < 0) return -1;
-    return n + count;
+    char text[5 + MAX_PROMPT_LEN] = "user\n";
+    memcpy(text + 5, prompt, length);
+    const struct {
+        int control_token;
+        const char *text;
+        size_t length;
+    } parts[] = {
+        {t->im_start, text, 5 + length}, {t->im_end, "\n", 1}, {t->im_start, "assistant\n", 10}};
+    int n = 0;
+    for (size_t i = 0; i < sizeof(parts) / sizeof(parts[0]); i++) {
+        ids[n++] = parts[i].control_token;
+        int count = encode(t, parts[i].text, parts[i].length, ids + n);
+        if (count < 0) return -1;
+        n += count;
+    }
+    return n;
 }
 
 // When the window has no room for `needed` more tokens, drops the oldest turns until what stays
-// fills at most half of the rest of it. What stays moves to other positions, so the KV cache holds
-// none of it; dropping that many turns at once makes it rare.
+// fills at most half of what these leave. What stays moves to other positions, so the KV cache
+// holds none of it; dropping that many turns at once makes it rare.
 static void make_room(Session *s, int needed) {
     int rest = s->transformer.config.seq_len - needed, dropped = 0;
     if (s->turn_count == 0 || s->length <= rest) return;
@@ -1557,8 +1505,8 @@ static void move_average(double *average, double value, double share) {
     *average += (value - *average) * share;
 }
 
-// Learns from a pass over one token and a draft, which took so many seconds. While no draft is
-// verified, extra_time moves to what is usual, so that a single slow pass does not end all drafts.
+// Learns from a pass over one token and a draft, which took so many seconds. Without a draft,
+// extra_time moves to what is usual: else a single slow pass could end drafts for good.
 static void measure_pass(Drafts *drafts, int draft, double time) {
     if (drafts->token_time == 0) { // the first pass: best_draft_length() was 0
         drafts->token_time = time;
@@ -1576,7 +1524,7 @@ typedef struct {
     Printer printer;
     int generated, limit; // tokens
     double start, now;    // when the first and the last token were drawn
-    bool ended;           // by a control token
+    bool ended;           // a control token was drawn
 } Reply;
 
 // Draws the next token and prints it. Returns its id, or -1 if the session cannot go on.
@@ -1623,25 +1571,22 @@ static int decode(Session *s, Reply *reply) {
 // Appends a turn up to where the reply begins. Returns 0; or REJECTED after printing that the
 // window cannot hold it, or -1 after reporting a lack of memory.
 static int begin_turn(Session *s, const char *prompt, size_t length) {
-    int seq_len = s->transformer.config.seq_len;
-    int *ids = malloc((length + 64) * sizeof(int));
-    if (ids == NULL) report_error("There is not enough memory for a prompt of %zu bytes.", length);
-    int count = ids ? encode_prompt(&s->tokenizer, prompt, length, ids) : -1;
-    int result = count < 0 ? -1 : count + 1 + CLOSING > seq_len ? REJECTED : 0;
-    if (result == REJECTED)
+    int ids[MAX_PROMPT_LEN + 64], seq_len = s->transformer.config.seq_len;
+    int count = encode_prompt(&s->tokenizer, prompt, length, ids);
+    if (count < 0) return -1;
+    if (count + 1 + CLOSING > seq_len) {
         printf("The prompt has %d tokens and was not used: the context window holds %d.\n", count,
                seq_len);
-    if (result == 0) {
-        // Reserves at most half the window for the reply, so that a large -m does not drop the
-        // whole conversation. A longer reply needs room that is free anyway.
-        int reserve = s->max_new_tokens < seq_len / 2 ? s->max_new_tokens : seq_len / 2;
-        make_room(s, count + reserve + CLOSING);
-        s->turns[s->turn_count++] = s->length;
-        memcpy(s->ids + s->length, ids, (size_t)count * sizeof(int));
-        s->length += count;
+        return REJECTED;
     }
-    free(ids);
-    return result;
+    // Reserves at most half the window for the reply, so that a large -m does not drop the whole
+    // conversation. A longer reply needs room that is free anyway.
+    int reserve = s->max_new_tokens < seq_len / 2 ? s->max_new_tokens : seq_len / 2;
+    make_room(s, count + reserve + CLOSING);
+    s->turns[s->turn_count++] = s->length;
+    memcpy(s->ids + s->length, ids, (size_t)count * sizeof(int));
+    s->length += count;
+    return 0;
 }
 
 // Answers a prompt of at most MAX_PROMPT_LEN bytes: the reply goes to stdout, token by token, then
@@ -1652,8 +1597,8 @@ static int generate(Session *s, const char *prompt, size_t length) {
     int result = begin_turn(s, prompt, length);
     if (result != 0) return flush_output() < 0 ? -1 : result;
     int room = s->transformer.config.seq_len - s->length - CLOSING;
-    Reply reply = {.limit = s->max_new_tokens < room ? s->max_new_tokens : room};
-    reply.printer.line_open = true; // an empty reply is an empty line
+    Reply reply = {.limit = s->max_new_tokens < room ? s->max_new_tokens : room,
+                   .printer.line_open = true}; // an empty reply is an empty line
     while (!reply.ended && reply.generated < reply.limit)
         if (decode(s, &reply) < 0) return -1;
     s->ids[s->length++] = s->tokenizer.im_end;
@@ -1786,13 +1731,6 @@ typedef VECTOR(uint64_t, 4 * LANES) longs;
 #define LOAD(type, address) (*(const type *)(address))
 #define STORE(type, address, value) (*(type *)(address) = (value))
 
-// The 4 bytes at an address, in all lanes
-INLINE ints NAME(broadcast)(const void *four) {
-    int32_t word;
-    memcpy(&word, four, sizeof(word));
-    return (ints){0} + word;
-}
-
 // Lane by lane: where the mask (all ones or all zeros) is set, a; elsewhere b.
 #define SELECT(mask, a, b)                                                                         \
     ((__typeof__(a))(((mask) & (__typeof__(mask))(a)) | (~(mask) & (__typeof__(mask))(b))))
@@ -1854,17 +1792,16 @@ KERNEL void NAME(softmax)(float *x, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] = x[i] / sum;
 }
 
-KERNEL void NAME(swiglu)(float *out, const float *gate, const float *up, size_t n) {
+KERNEL void NAME(swiglu)(float *out, const float *gate_up) {
     const half ones = (half){0} + 1;
-    for (size_t i = 0; i < n; i += LANES / 2) {
-        half h = LOAD(half, gate + i);
-        h = (h * (ones / (ones + NAME(exp_half)(-h)))) * LOAD(half, up + i);
-        STORE(half, out + i, h);
+    for (size_t i = 0; i < PANEL_ROWS; i += LANES / 2) {
+        half h = LOAD(half, gate_up + i), up = LOAD(half, gate_up + PANEL_ROWS + i);
+        STORE(half, out + i, (h * (ones / (ones + NAME(exp_half)(-h)))) * up);
     }
 }
 
-// Compilers turn these loops into vector instructions. roundf(t) is the integer part of t + the
-// greatest float below 0.5, away from zero: 0.5 itself would carry 0.49999997 up to 1.
+// Compilers turn these loops into vector instructions. roundf(t) is the integer part of |t| + the
+// greatest float below 0.5, with the sign of t: 0.5 itself would carry 0.49999997 up to 1.
 KERNEL void NAME(quantize)(QuantizedActivations *out, size_t token, const float *x) {
     size_t groups = out->width / GROUP;
     int8_t *q = out->q + token * out->width;
@@ -1999,33 +1936,22 @@ INLINE size_t NAME(joint_panels)(size_t panels, size_t tokens) {
 
 // The step of a dot product: each lane of sum is a row, and grows by 4 of its weights times the 4
 // activations from x[at] on.
+INLINE ints NAME(add_step)(ints sum, ints w, const QuantizedActivations *x, size_t at) {
+    int32_t word;
+    memcpy(&word, x->q + at, sizeof(word));
+    const ints four = (ints){0} + word;
 #if defined(DOT4)
-
-// w XOR 0x80 is w + 128, unsigned; the zero-point correction subtracts 128 * the sum of the
-// activations again.
-INLINE ints NAME(add_step)(ints sum, ints w, const QuantizedActivations *x, size_t at) {
-    if (UNSIGNED_WEIGHTS) w ^= (int32_t)0x80808080;
-    return (ints)DOT4(sum, w, NAME(broadcast)(x->q + at));
-}
-INLINE int32_t NAME(zero_point_correction)(const QuantizedActivations *x, size_t group) {
-    return UNSIGNED_WEIGHTS ? x->sum[group] : 0;
-}
-
+    if (UNSIGNED_WEIGHTS) w ^= (int32_t)0x80808080; // w + 128, see add_group()
+    return (ints)DOT4(sum, w, four);
 #else
-
-// Bytes become numbers of 16 bits where they lie: seen as such a number, a pair of bytes shifted
-// right (signs are kept) gives the odd byte, and shifted left before, the even one. A product of
-// bytes fits into 16 bits, and so does the sum of two, 2 * 128 * 127.
-INLINE ints NAME(add_step)(ints sum, ints w, const QuantizedActivations *x, size_t at) {
-    shorts weights = (shorts)w, inputs = (shorts)NAME(broadcast)(x->q + at);
+    // Bytes become numbers of 16 bits where they lie: seen as such a number, a pair of bytes
+    // shifted right (signs are kept) gives the odd byte, and shifted left before, the even one. A
+    // product of bytes fits into 16 bits, and so does the sum of two, 2 * 128 * 127.
+    shorts weights = (shorts)w, inputs = (shorts)four;
     ints pairs = (ints)((weights << 8 >> 8) * (inputs << 8 >> 8) + (weights >> 8) * (inputs >> 8));
     return sum + (pairs << 16 >> 16) + (pairs >> 16);
-}
-INLINE int32_t NAME(zero_point_correction)(const QuantizedActivations *x, size_t group) {
-    return (void)x, (void)group, 0;
-}
-
 #endif
+}
 
 // Adds the products of one group of columns to the sums of a tile, or of some of its panels.
 INLINE void NAME(add_group)(NAME(Sums) * sum, const Panel *const *panel, const size_t panels,
@@ -2034,9 +1960,9 @@ INLINE void NAME(add_group)(NAME(Sums) * sum, const Panel *const *panel, const s
     const size_t vectors = panels * PANEL_VECTORS, groups = x->width / GROUP;
     const size_t at = token * groups + group;
     ints dot[TILE_TOKENS][STREAMS * PANEL_VECTORS];
-    for (size_t t = 0; t < tokens; t++)
+    for (size_t t = 0; t < tokens; t++) // unsigned weights are 128 greater
         for (size_t v = 0; v < vectors; v++)
-            dot[t][v] = (ints){0} - NAME(zero_point_correction)(x, at + t * groups);
+            dot[t][v] = (ints){0} - (UNSIGNED_WEIGHTS ? x->sum[at + t * groups] : 0);
 #if defined(DOT4) && defined(__aarch64__) && !defined(__clang__)
 #pragma GCC unroll 4 // or GCC copies each sum from register to register twice in a step
 #endif

@@ -245,12 +245,14 @@ int main(int argc, char **argv) {
     choose_seed(&settings);
 
     Session session;
-    if (build_session(&session, &settings) < 0) return 1;
+    int result = build_session(&session, &settings);
     Usage before = thread_usage();
-    if (init_thr_pool((int)threads) < 0) return 1;
-    int result = serve(generate, &session, argv + optind, argc - optind);
-    close_thr_pool();
-    print_usage(before);
+    if (result == 0) result = init_thr_pool((int)threads);
+    if (result == 0) {
+        result = serve(generate, &session, argv + optind, argc - optind);
+        close_thr_pool();
+        print_usage(before);
+    }
     free_session(&session);
     return result < 0 || flush_output() < 0 ? 1 : 0;
 }

@@ -57,20 +57,12 @@ static float *random_floats(uint64_t *random, float *to, size_t count, float lim
 static void write_model(const Config *c, uint64_t seed, float limit) {
     uint64_t random = seed + 1;
     size_t size = expected_file_size(c);
-    const Header header = {.magic = MODEL_MAGIC,
-                           .version = MODEL_VERSION,
-                           .dim = c->dim,
-                           .hidden_dim = c->hidden_dim,
-                           .n_layers = c->n_layers,
-                           .n_heads = c->n_heads,
-                           .n_kv_heads = c->n_kv_heads,
-                           .vocab_size = c->vocab_size,
-                           .seq_len = c->seq_len,
-                           .shared_classifier = c->shared_classifier,
-                           .group_size = GROUP};
+    Config header = *c;
+    header.magic = MODEL_MAGIC, header.version = MODEL_VERSION, header.group_size = GROUP;
     char *model = calloc(1, size);
-    memcpy(model, &header, sizeof(header));
-    float *end = random_floats(&random, (float *)(model + sizeof(Header)), count_norms(c), 2);
+    memcpy(model, &header, HEADER_SIZE);
+    float *end = random_floats(&random, (float *)(model + HEADER_SIZE),
+                               (2 * (size_t)c->n_layers + 1) * c->dim, 2);
     size_t dim = c->dim, kv_dim = c->kv_dim, hidden_dim = c->hidden_dim, layers = c->n_layers;
     size_t embedding = dim * c->vocab_size;
     size_t tensors[] = {embedding,        dim * dim,        dim * kv_dim,
@@ -111,9 +103,10 @@ static Config take_shape(Input *in) {
 // Builds the model of the file as it is. What is loaded must be able to compute.
 static void load_model(void) {
     Transformer t;
-    if (build_transformer(&t, path) < 0) return;
+    bool loaded = build_transformer(&t, path) == 0;
     int tokens[] = {t.config.vocab_size - 1, 0};
-    if (t.weights.memory.size < 1 << 20) forward(&t, tokens, t.config.seq_len > 1 ? 2 : 1, 0);
+    if (loaded && t.weights.memory.size < 1 << 20)
+        forward(&t, tokens, t.config.seq_len > 1 ? 2 : 1, 0);
     free_transformer(&t);
 }
 
@@ -132,7 +125,7 @@ static void fuzz_damage(Input *in) {
     if (longer != 0) require(ftruncate(file, size + longer) == 0, "no memory");
     while (in->size > 0) {
         off_t at = take(in);
-        if (at == 255) at = sizeof(Header) + take(in) * 256 + take(in);
+        if (at == 255) at = HEADER_SIZE + take(in) * 256 + take(in);
         uint8_t byte = (uint8_t)take(in);
         require(pwrite(file, &byte, 1, at) == 1, "no memory");
     }
@@ -188,8 +181,8 @@ static void fuzz_tokenizer(Input *in) {
     if (build_tokenizer(&t, path, vocab_size) == 0) {
         for (int id = 0; id < vocab_size; id++) is_control_token(&t, id);
         check_encode(&t, text, length);
-        free_tokenizer(&t);
     }
+    free_tokenizer(&t);
     free(text);
 }
 
