@@ -308,8 +308,8 @@ static inline int next_line(LineReader *reader, char *line) {
     if (newline == NULL && reader->length == 0 && !reader->skipping) return END_OF_INPUT;
 
     size_t length = newline ? (size_t)(newline - reader->buffer) : reader->length;
-    size_t used = newline ? length + 1 : length;
-    // All of them, also at the end of the input: main passes the line on with a newline, and the
+    size_t used = length + (newline != NULL);
+    // Removes all carriage returns, also at the end of the input: main adds a newline, and the
     // engine must not find any more to remove.
     while (length > 0 && reader->buffer[length - 1] == '\r') length--;
     bool too_long = reader->skipping || length > MAX_PROMPT_LEN;
@@ -355,8 +355,7 @@ static inline bool is_child_of_front_end(void) {
     return text && parse_integer(text, 1, INT32_MAX, &pid) && pid == getppid();
 }
 
-// Writes the byte before raising the signal, so that main always finds it. Returns 0, or -1 after
-// reporting the error: without its byte main would wait forever.
+// Returns 0, or -1 after reporting the error: without its byte main would wait forever.
 static inline int notify_front_end(char byte) {
     if (write(RETURN_FD, &byte, 1) != 1)
         return report_error("Cannot write to the return pipe: %s.", strerror(errno));
@@ -365,8 +364,8 @@ static inline int notify_front_end(char byte) {
 }
 
 // Answers main's prompts until the end of the pipe. Returns 0, or -1 if the session ended before.
-// No lost wake-up: SIGUSR1 is blocked since before exec and stays pending until sigwaitinfo(2)
-// takes it, so a prompt written after poll(2) found the pipe empty ends the wait.
+// No lost wake-up: SIGUSR1 has been blocked since before exec and stays pending until
+// sigwaitinfo(2) takes it, so a prompt written after poll(2) found the pipe empty ends the wait.
 static inline int serve_front_end(Answer *answer, Session *session) {
     LineReader reader = {.fd = STDIN_FILENO};
     struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
@@ -437,16 +436,12 @@ typedef struct {
     uint32_t size;     // of this structure, by which the kernel knows its version
     uint32_t policy;   // SCHED_...
     uint64_t flags;    // 0
-    int32_t nice;      // SCHED_OTHER, SCHED_BATCH, SCHED_IDLE: -20..19
+    int32_t nice;      // SCHED_OTHER, SCHED_BATCH: -20..19; SCHED_IDLE: see set_policy()
     uint32_t priority; // SCHED_FIFO, SCHED_RR: 1..99
     uint64_t runtime;  // SCHED_DEADLINE: nanoseconds
     uint64_t deadline; // likewise
     uint64_t period;   // likewise
 } SchedulingAttributes;
-
-#ifndef SCHED_DEADLINE
-#define SCHED_DEADLINE 6 // not in musl's <sched.h>
-#endif
 
 // The names of the policies by the kernel's numbers. Number 4 is not in use: NULL.
 static const char *const policy_names[] = {

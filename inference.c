@@ -10,7 +10,7 @@
 
 static bool claim(int worker, size_t count, size_t piece_size, Range *piece) {
     (void)worker, (void)piece_size;
-    if (piece->last == count) return false;
+    if (piece->end == count) return false;
     *piece = (Range){0, count};
     return true;
 }
@@ -30,11 +30,10 @@ int main(int argc, char **argv) {
     Settings settings = DEFAULT_SETTINGS;
     CommandLine line = {.argc = argc, .argv = argv, .usage = USAGE, .wanted = 1};
     parse_settings(&settings, &line);
-    if (line.count < 1 || !parse_seed(line.operands[0], &settings.seed)) {
-        report_error(line.count < 1 ? "The seed is missing." : "%s is not a seed.",
-                     line.operands[0]);
-        exit_with_usage(&line, 2);
-    }
+    bool valid = line.count == 1 && parse_seed(line.operands[0], &settings.seed);
+    if (line.count == 0) report_error("The seed is missing.");
+    else if (!valid) report_error("%s is not a seed.", line.operands[0]);
+    if (!valid) exit_with_usage(&line, 2);
     choose_seed(&settings);
 
     Session session;

@@ -4,7 +4,8 @@
 // It knows nothing of models. common.h has the picture of the two processes and their protocol.
 // All events (a line is typed, the reply is finished, the child dies, an interrupt, a log line is
 // due) are awaited in one place, the ppoll(2) of wait_for_event(), and handled in another,
-// handle_events(). main never blocks anywhere else: signals would have to wait as long.
+// handle_events(). Nothing else in the chat blocks, so that no signal has to wait; only an error
+// message may, for REPORT_LIMIT.
 #define _GNU_SOURCE
 #include "common.h"
 #include <dirent.h>
@@ -137,7 +138,7 @@ static const char *find_policy_mistake(const Options *options) {
     return NULL;
 }
 
-// Builds the engine's command line. It gets the settings as the user typed them.
+// Builds the engine's command line, with the settings as the user typed them.
 static void set_engine_arguments(Options *options) {
     char **argument = options->engine_arguments;
     *argument++ = options->threads ? "parallel" : "inference";
@@ -152,8 +153,8 @@ static void set_engine_arguments(Options *options) {
     *argument = options->seed;
 }
 
-// Parses the command line into *options, which must be zero. Reports all mistakes in it and then
-// ends the program with its usage, before anything is started.
+// Parses the command line into *options, which must be zero. Ends the program for -h and after
+// reporting mistakes, before anything is started.
 static void parse_options(Options *options, int argc, char **argv) {
     CommandLine line = {.argc = argc, .argv = argv, .usage = USAGE, .wanted = 1};
     SchedulingAttributes *attributes = &options->attributes;
@@ -274,9 +275,9 @@ static int make_nonblocking(int fd) {
     return original;
 }
 
-// Returns whether a write would succeed or fail without blocking, within so many milliseconds.
-static bool can_write(int fd, int limit) {
-    return poll(&(struct pollfd){.fd = fd, .events = POLLOUT}, 1, limit) == 1;
+// Returns whether a write would not block (it may fail), after at most so many milliseconds.
+static bool can_write(int fd, int milliseconds) {
+    return poll(&(struct pollfd){.fd = fd, .events = POLLOUT}, 1, milliseconds) == 1;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -348,7 +349,7 @@ static void log_sample(CpuMeter *meter, bool in_reply) {
                       in_reply && meter->shares_screen ? "\n" : "", (int)meter->pid, name_length,
                       name, fields[STATE], policy_name ? policy_name : fields[POLICY], fields[NICE],
                       fields[VSIZE], fields[CPU], fields[UTIME], fields[STIME], percent);
-    // EAGAIN: the line is lost. EBADF: stderr was closed from the beginning, so no log is wanted.
+    // EBADF: stderr was closed from the beginning, so no log is wanted.
     if (write(STDERR_FILENO, line, (size_t)length) < 0 && errno != EAGAIN && errno != EBADF)
         note_failure(meter, "stderr");
     meter->cpu_time = cpu_time;
@@ -366,12 +367,12 @@ static void report_log_failure(CpuMeter *meter) {
 // ------------------------------------------------------------------------------------------------
 // The child
 
-// What main has changed for itself, as the child gets it back between fork and exec. The mask is
-// main's own, and SIGUSR1 and SIGUSR2: an early SIGUSR1 stays pending until the engine waits for
+// What main inherited and has changed for itself; the child restores it between fork and exec. The
+// mask also holds SIGUSR1 and SIGUSR2: an early SIGUSR1 stays pending until the engine waits for
 // it, and a stray SIGUSR2 must not kill the engine.
 typedef struct {
     sigset_t mask;
-    struct sigaction sigchld, sigpipe, sigxfsz;
+    sighandler_t sigchld, sigpipe, sigxfsz;
     int stdout_fd, stderr_fd; // duplicates
 } Inherited;
 
@@ -381,19 +382,20 @@ typedef struct {
     int returns; // read end of the return pipe, non-blocking; -1 when the engine has closed it
 } Child;
 
-// Finds the engine's binary in the folder of main's own, which need not be the current one.
+// Finds the engine's binary in the folder of main's own, which need not be the current one; without
+// /proc by what getauxval(3) knows of execve(2).
 static void engine_path(char path[PATH_MAX], const char *name) {
     ssize_t length = readlink("/proc/self/exe", path, PATH_MAX - 1);
-    path[length > 0 ? length : 0] = '\0';
-    if (length <= 0 && realpath((const char *)getauxval(AT_EXECFN), path) == NULL) path[0] = '\0';
+    if (length > 0) path[length] = '\0';
+    else if (realpath((const char *)getauxval(AT_EXECFN), path) == NULL) path[0] = '\0';
     char *slash = strrchr(path, '/');
     size_t folder = slash ? (size_t)(slash + 1 - path) : 0;
     snprintf(path + folder, PATH_MAX - folder, "%s", name);
 }
 
 // Undoes in the child what main has changed for itself, and puts the pipes where the engine finds
-// them. Returns 0, or -1 with errno. RETURN_FD may be the number of a duplicate in *before, so it
-// is overwritten after both have been used. No pipe end has that number: it was in use before the
+// them. Returns 0, or -1 with errno. RETURN_FD may be the number of a duplicate in *before, so the
+// duplicates are used first. No pipe end has that number: it was in use before the
 // pipes were opened, at least by such a duplicate.
 static int restore_inherited(const Inherited *before, pid_t front_end, int prompts, int returns) {
     char pid[24];
@@ -402,9 +404,9 @@ static int restore_inherited(const Inherited *before, pid_t front_end, int promp
         dup2(prompts, STDIN_FILENO) < 0 || dup2(returns, RETURN_FD) < 0 ||
         setenv(FRONT_END_ENV, pid, 1) < 0)
         return -1;
-    sigaction(SIGCHLD, &before->sigchld, NULL);
-    sigaction(SIGPIPE, &before->sigpipe, NULL);
-    sigaction(SIGXFSZ, &before->sigxfsz, NULL);
+    signal(SIGCHLD, before->sigchld);
+    signal(SIGPIPE, before->sigpipe);
+    signal(SIGXFSZ, before->sigxfsz);
     return sigprocmask(SIG_SETMASK, &before->mask, NULL);
 }
 
@@ -412,8 +414,8 @@ static int restore_inherited(const Inherited *before, pid_t front_end, int promp
 // when it has set the policy, and then becomes the engine.
 _Noreturn static void exec_engine(const char *path, const Options *options, pid_t front_end,
                                   int prompts, int returns, const Inherited *before) {
-    // The engine must not outlive main, not even if main is killed, or was before this call.
     char byte;
+    // The engine must not outlive main, even if main is killed, or was before prctl(2).
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (getppid() != front_end) _exit(1);
     ssize_t count = read(prompts, &byte, 1);
@@ -452,14 +454,13 @@ static int start_engine(Child *child, const Options *options, const Inherited *b
 
     // All threads that the engine creates inherit a policy that is set now. SCHED_DEADLINE is not
     // inherited and forbids new threads, so it is set when the engine is ready.
-    bool wanted = options->policy_given || options->nice_given;
+    bool wanted = options->policy_given || options->nice_given; // or else a refusal is no error
     bool refused = options->attributes.policy != SCHED_DEADLINE &&
                    set_policy(child->pid, &options->attributes) < 0 && wanted;
-    // EPIPE: the child has died, after reporting why; SIGCHLD will report its end.
     if (refused) report_policy_error(&options->attributes, errno);
-    else if (write(child->prompts, "", 1) == 1 || errno == EPIPE) return 0;
+    else if (write(child->prompts, "", 1) == 1 || errno == EPIPE) return 0; // EPIPE: see SIGCHLD
     else report_error("Cannot start the engine: %s.", strerror(errno));
-    close(child->prompts); // a child that finds the end of its pipe instead of the byte exits
+    close(child->prompts); // so the child exits
     waitpid(child->pid, NULL, 0);
     return -1;
 }
@@ -477,7 +478,7 @@ typedef enum {
 typedef struct {
     const Options *options;
     Child child;
-    int signals; // signalfd(2): signals are read like any other input, never handled
+    int signals; // signalfd(2): signals are read like input, no handler runs
     Phase phase;
     LineReader input;
     CpuMeter meter;
@@ -485,7 +486,7 @@ typedef struct {
     size_t output_length; // no input is taken before it is 0
     double wake_time;     // CLOCK_MONOTONIC: when to call on_timeout()
     int interrupt;        // the SIGINT or SIGTERM that ends the chat, or 0
-    bool line_ended;      // the cursor is not behind a prompt mark or in a reply
+    bool line_ended;      // dismiss_engine() has printed a newline
     int wait_status;      // waitpid(2)'s when the engine is gone
     bool output_failed;   // an error of stdout has been reported, perhaps by the engine
     bool failed;          // an error that has been reported ends the chat
@@ -522,17 +523,16 @@ static void fail(Chat *chat) {
 // Writes as much of the output as stdout takes now.
 static void write_output(Chat *chat) {
     ssize_t count = write(STDOUT_FILENO, chat->output, chat->output_length);
-    if (count < 0 && (errno == EAGAIN || errno == EINTR)) return;
-    if (count < 0) {
+    if (count >= 0) {
+        chat->output_length -= (size_t)count;
+        memmove(chat->output, chat->output + count, chat->output_length);
+    } else if (errno != EAGAIN && errno != EINTR) {
         if (errno != EPIPE && errno != EBADF && !chat->output_failed)
             report_error("Cannot write the output: %s.", strerror(errno));
         chat->output_failed = true;
         chat->output_length = 0;
         fail(chat);
-        return;
     }
-    chat->output_length -= (size_t)count;
-    memmove(chat->output, chat->output + count, chat->output_length);
 }
 
 static void ask_for_prompt(Chat *chat) {
@@ -583,8 +583,7 @@ static void read_prompts(Chat *chat) {
     }
 }
 
-// The engine is ready. Its threads exist now, so SCHED_DEADLINE can be set. The prompt mark has
-// been printed while the model was loading.
+// The engine is ready. The prompt mark has been printed while the model was loading.
 static void finish_loading(Chat *chat) {
     const SchedulingAttributes *attributes = &chat->options->attributes;
     chat->phase = PROMPTING;
@@ -601,7 +600,8 @@ static void finish_reply(Chat *chat, char byte) {
     ask_for_prompt(chat);
 }
 
-// Reads the return pipe until it is empty. Only its bytes count: any process may send SIGUSR2.
+// Reads the return pipe until it is empty, after SIGUSR2 or when ppoll(2) finds it readable. Only
+// its bytes count.
 static void read_engine_bytes(Chat *chat) {
     char byte;
     ssize_t count;
@@ -620,13 +620,13 @@ static void read_engine_bytes(Chat *chat) {
 }
 
 // Reads all pending signals, so that an interrupt and the death that it causes are seen together.
-// Returns 1 if a child has died, 0 if none has, or -1 with errno.
+// Returns 1 if the engine has died or stopped (SIGCHLD), 0 if not, or -1 with errno.
 static int read_signals(Chat *chat) {
     struct signalfd_siginfo signal;
-    int child_died = 0;
+    int child_changed = 0;
     while (read(chat->signals, &signal, sizeof(signal)) == sizeof(signal)) {
         switch (signal.ssi_signo) {
-        case SIGCHLD: child_died = 1; break;
+        case SIGCHLD: child_changed = 1; break;
         case SIGUSR2: read_engine_bytes(chat); break;
         case SIGCONT: // the shell has printed something since the prompt mark
             if (chat->phase <= PROMPTING && chat->output_length == 0) print(chat, PROMPT_MARK);
@@ -637,7 +637,7 @@ static int read_signals(Chat *chat) {
             break;
         }
     }
-    return errno == EAGAIN || errno == EINTR ? child_died : -1;
+    return errno == EAGAIN || errno == EINTR ? child_changed : -1;
 }
 
 // An engine that cannot even be killed is killed by the kernel when main exits: PR_SET_PDEATHSIG.
@@ -663,9 +663,9 @@ static void on_timeout(Chat *chat) {
 
 enum { SIGNALS, RETURNS, INPUT, OUTPUT, EVENT_COUNT };
 
-// Waits for one of the events or the wake time. Returns what ppoll(2) returns. It polls
-// STDIN_FILENO, not the description that main opened again: if the last writer of a named pipe
-// closes it before that, ppoll(2) never reports the end of file on the new description.
+// Waits for an event or the wake time. Returns what ppoll(2) returns. It polls STDIN_FILENO, not
+// the description that main opened again: on one opened after the last writer of a named pipe has
+// closed it, ppoll(2) never reports the end of file.
 static int wait_for_event(const Chat *chat, struct pollfd events[EVENT_COUNT]) {
     bool takes_input = chat->phase == PROMPTING && chat->output_length == 0;
     events[SIGNALS] = (struct pollfd){.fd = chat->signals, .events = POLLIN};
@@ -706,9 +706,9 @@ static bool handle_events(Chat *chat, const struct pollfd events[EVENT_COUNT], i
     if (events[RETURNS].revents) read_engine_bytes(chat);
     if (events[INPUT].revents) read_more(&chat->input);
     if (events[OUTPUT].revents) write_output(chat);
-    int child_died = read_signals(chat);
-    if (child_died < 0) return stop_waiting(chat);
-    if (child_died && reap_engine(chat, WNOHANG)) return false;
+    int child_changed = read_signals(chat);
+    if (child_changed < 0) return stop_waiting(chat);
+    if (child_changed && reap_engine(chat, WNOHANG)) return false;
     read_prompts(chat);
     return true;
 }
@@ -728,11 +728,11 @@ static const char *signal_name(int signal) {
 // Reports how the engine ended. Returns main's exit status: that of the interrupt, if there was
 // one, whichever process died first; 0 if the engine exited after the end of input; else 1.
 static int report_exit(Chat *chat) {
-    int signal = WIFSIGNALED(chat->wait_status) ? WTERMSIG(chat->wait_status) : 0;
-    if (chat->interrupt) signal = chat->interrupt;
+    int signal = chat->interrupt;
+    if (signal == 0 && WIFSIGNALED(chat->wait_status)) signal = WTERMSIG(chat->wait_status);
     int code = signal ? 128 + signal : WEXITSTATUS(chat->wait_status);
-    int result = chat->phase == EXITING && code == 0 && !chat->failed ? 0 : 1;
-    if (chat->interrupt) result = code;
+    bool complete = chat->phase == EXITING && code == 0 && !chat->failed;
+    chat->phase = EXITING;            // an error of stdout must not raise a signal: the pid is free
     chat->output_failed |= code == 1; // the engine has reported why it failed
 
     print(chat, "%sChild exited with %d", chat->line_ended ? "" : "\n", code);
@@ -740,7 +740,7 @@ static int report_exit(Chat *chat) {
     print(chat, "\n");
     while (chat->output_length > 0 && can_write(STDOUT_FILENO, chat->interrupt ? 0 : REPORT_LIMIT))
         write_output(chat);
-    return result;
+    return chat->interrupt || complete ? code : 1;
 }
 
 // Starts the engine and holds the chat. Returns main's exit status when the engine is gone.
@@ -781,14 +781,14 @@ int main(int argc, char **argv) {
     parse_options(&options, argc, argv);
     if (flush_output() < 0) return 1;
 
-    // Blocked signals stay pending until they are read from the signalfd: none is lost, and none
-    // interrupts anything. SIGCHLD must not be ignored, or the child's status would be lost.
+    // Blocked signals stay pending until they are read from the signalfd, so none interrupts a
+    // call.
     const int more[] = {SIGINT, SIGTERM, SIGCHLD, SIGCONT};
     for (size_t i = 0; i < sizeof(more) / sizeof(more[0]); i++) sigaddset(&blocked, more[i]);
     if (sigprocmask(SIG_BLOCK, &blocked, &before.mask) < 0) return report_signal_error();
-    sigaction(SIGCHLD, &(struct sigaction){.sa_handler = SIG_DFL}, &before.sigchld);
-    sigaction(SIGPIPE, &(struct sigaction){.sa_handler = SIG_IGN}, &before.sigpipe);
-    sigaction(SIGXFSZ, &(struct sigaction){.sa_handler = SIG_IGN}, &before.sigxfsz);
+    before.sigchld = signal(SIGCHLD, SIG_DFL); // if ignored, the child's status would be lost
+    before.sigpipe = signal(SIGPIPE, SIG_IGN);
+    before.sigxfsz = signal(SIGXFSZ, SIG_IGN);
     before.stdout_fd = make_nonblocking(STDOUT_FILENO);
     before.stderr_fd = make_nonblocking(STDERR_FILENO);
     int signals = signalfd(-1, &blocked, SFD_NONBLOCK | SFD_CLOEXEC);

@@ -92,9 +92,9 @@ _Static_assert(offsetof(Config, head_size) == HEADER_SIZE, "what is read from th
 #define MAX_VOCAB (1 << 24)
 #define MAX_SEQ_LEN (1 << 20)
 
-// What the kernels read: PANEL_ROWS rows of a group, 4 columns of all rows side by side, so that
-// the sum of a row stays in its own lane of a vector. The scales follow their weights, so that a
-// kernel reads memory strictly in the order of the addresses.
+// What the kernels read: PANEL_ROWS rows of one group of columns, first the columns 0..3 of every
+// row, then 4..7 ... So the sum of a row stays in its own lane of a vector. The scales follow their
+// weights, so that a kernel reads memory sequentially.
 #define PANEL_ROWS 16
 
 typedef struct {
@@ -102,12 +102,11 @@ typedef struct {
     float s[PANEL_ROWS];
 } Panel;
 
-// The panels of a tensor lie in STREAMS parts, one behind the other, and its rows of panels belong
-// to the parts 0, 1, 2, 3, 0 ... So a kernel that takes STREAMS panels at a time reads memory in
-// STREAMS runs, each in the order of the addresses; with a single one, decoding takes 1.2 times as
-// long (Zen 3, AVX2).
+// The rows of panels of a tensor belong to STREAMS streams in turn, and the streams lie one behind
+// the other. So a kernel that takes STREAMS panels at a time reads from STREAMS places, each
+// sequentially; with a single one, decoding takes 1.2 times as long (Zen 3, AVX2).
 #define STREAMS 4
-#define STREAM_ROWS (STREAMS * PANEL_ROWS) // of one panel in each stream
+#define STREAM_ROWS (STREAMS * PANEL_ROWS) // of one panel from each stream
 #define FEW_TOKENS 32 // up to so many tokens, the kernels read all streams at once
 
 typedef struct {
@@ -115,7 +114,7 @@ typedef struct {
     Panel *panels; // [STREAMS][rows / STREAM_ROWS, rounded up][cols / GROUP]
 } QuantizedTensor;
 
-// Panels of a tensor in each stream, for one group of columns.
+// Rows of panels in each stream.
 static size_t stream_length(size_t rows) { return (rows + STREAM_ROWS - 1) / STREAM_ROWS; }
 
 // Returns the panels [cols / GROUP] that hold a row. Rows beyond the last are zero.
@@ -143,22 +142,23 @@ typedef struct {
     float *rms_att_weight, *rms_ffn_weight; // [n_layers][dim]
     float *rms_final_weight;                // [dim]
     Layer *layers;                          // [n_layers]
-    Memory memory;                          // holds all of them but the layers
+    Memory memory;                          // holds all of them but the array of layers
 } Weights;
 
-// The input of a matrix, quantized per group of 64 like the weights.
+// Activations, quantized per group of 64 like the weights.
 typedef struct {
     size_t width; // values per token
     int8_t *q;    // [token][width], -127..127
     float *s;     // [token][width / GROUP]
-    int32_t *sum; // [token][width / GROUP], 128 * the sum of the group's q
+    int32_t *sum; // [token][width / GROUP], 128 * the sum of the group's q, see add_group()
 } QuantizedActivations;
 
 typedef struct {
-    size_t first, last; // first <= i < last
+    size_t first, end; // first <= i < end
 } Range;
 
 static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+static int min_int(int a, int b) { return a < b ? a : b; }
 
 // ------------------------------------------------------------------------------------------------
 // 2  Kernels
@@ -166,8 +166,7 @@ static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 // Each table holds the same functions compiled for another instruction set; all give the same bits.
 // The program chooses one when it starts, so that one plain build serves all machines.
 
-// The keys of a KV head lie in blocks of KEY_BLOCK positions, [position / KEY_BLOCK][head_size]
-// [KEY_BLOCK], so that scores are vectors over positions. Its values are [position][head_size].
+// Positions whose keys lie side by side, so that scores are vectors over positions: see kv_block().
 #define KEY_BLOCK 32
 
 typedef struct {
@@ -220,7 +219,7 @@ static const uint64_t exp_table[32];
 // The bodies are in section 9 of this file, which includes itself here once for each table: GCC and
 // clang have to know the target of a function when they compile it. A table is defined by
 //   ISA                its name
-//   LANES              floats of a vector register; with 8 AVX2 is used, with 16 AVX-512
+//   LANES              floats of a vector register
 //   TARGET             the attribute of its functions
 //   DOT4(sum, w, x)    to each lane of sum, adds the products of 4 bytes of w and of x; the
 //                      portable table does without
@@ -235,8 +234,8 @@ static const uint64_t exp_table[32];
 #define ISA avx2
 #define LANES 8
 #define TARGET __attribute__((target("avx2")))
-// The product of bytes takes one of them as unsigned: w * x = |w| * (x with the sign of w). The sum
-// of two products fits into 16 bits: 2 * 128 * 127.
+// The first factor of _mm256_maddubs_epi16() is unsigned: w * x = |w| * (x with the sign of w). The
+// sum of two products fits into 16 bits: 2 * 128 * 127.
 TARGET static inline __m256i add_dot4_avx2(__m256i sum, __m256i w, __m256i x) {
     __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
@@ -293,7 +292,7 @@ static int usable_kernels(const Kernels *usable[MAX_TABLES]) {
     int count = 0;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    bool avx2 = __builtin_cpu_supports("avx2"); // and the operating system saves its registers
+    bool avx2 = __builtin_cpu_supports("avx2"); // also checks that the system saves the registers
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni"))
@@ -329,9 +328,9 @@ static const Kernels *choose_kernels(void) {
     return NULL;
 }
 
-// Returns how many floats ahead attention prefetches keys and values; 0: only what it loads. In
-// an earlier version 4 KB made a token near position 1000 take 0.93 of its time on an Intel Xeon
-// with AVX-512, and more than 1 on an AMD Zen 4. On a Zen 3 they make no difference (0.99).
+// Returns how many floats ahead attention prefetches keys and values; 0: only what it loads. With
+// 4 KB a token near position 1000 took 0.93 of its time on an Intel Xeon with AVX-512 (measured in
+// an earlier version), more than 1 on an AMD Zen 4, and 0.99 on a Zen 3.
 static size_t choose_kv_ahead(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -343,10 +342,10 @@ static size_t choose_kv_ahead(void) {
 // ------------------------------------------------------------------------------------------------
 // 3  Transformer: loading and memory
 
-#define MAX_BATCH 128 // tokens of one pass: their activations stay in the L2 cache
+#define MAX_BATCH 128 // tokens of one pass: a matrix's quantized input stays in the L2 cache
 #define NORM_ROWS 4   // rows that rmsnorm() sums side by side
 
-// What a pass works on. "Own" is memory of one worker that no other touches.
+// What a pass works on. An array of MAX_THREADS has one item for each worker, which alone uses it.
 typedef struct {
     float *x;                    // [MAX_BATCH][dim], the residual stream
     float *qkv;                  // [MAX_BATCH][dim + 2 * kv_dim], queries, keys, values
@@ -356,8 +355,8 @@ typedef struct {
     float *hb;                   // [MAX_BATCH][hidden_dim], the output of SwiGLU
     float *rope;                 // [MAX_BATCH][head_size / 2][cos, sin]
     float *logits;               // [wanted][vocab_size], see Pass
-    QuantizedActivations shared; // of all tokens of a pass
-    QuantizedActivations own[MAX_THREADS]; // of the only token of a pass
+    QuantizedActivations shared; // input of a matrix: several tokens
+    QuantizedActivations own[MAX_THREADS]; // input of a matrix: a single token
     float *normed[MAX_THREADS];            // [NORM_ROWS][dim], between rmsnorm() and quantize()
     float *att[MAX_THREADS];               // [n_heads / n_kv_heads][max_kv_len]
     float *kv_cache;                       // see kv_block()
@@ -370,7 +369,7 @@ typedef struct {
     Weights weights;
     State state;
     const Kernels *kernels;
-    size_t kv_ahead; // floats that attention prefetches ahead in the KV cache
+    size_t kv_ahead; // see choose_kv_ahead()
 } Transformer;
 
 // Reports what is wrong with model.bin or tokenizer.bin, and what to do. Returns -1.
@@ -430,8 +429,8 @@ static uint64_t expected_file_size(const Config *c) {
     return HEADER_SIZE + weights + floats * sizeof(float);
 }
 
-// Reads the header into *c. Everything in it is hostile until checked. Returns 0, or -1 after one
-// line on stderr.
+// Reads the header into *c. Everything in it is hostile until checked. Returns 0, or -1 after
+// reporting why.
 static int read_header(Config *c, ModelFile *file) {
     const char *path = file->path;
     read_bytes(file, c, HEADER_SIZE);
@@ -439,13 +438,12 @@ static int read_header(Config *c, ModelFile *file) {
     if (c->magic != MODEL_MAGIC)
         return refuse_file(path, "not a model (the magic number is wrong)");
     if (c->version != MODEL_VERSION)
-        return refuse_file(path, "version %d of the format, but expected is 2 (int8)", c->version);
+        return refuse_file(path, "format version %d, expected 2 (int8)", c->version);
     if (c->group_size != GROUP)
-        return refuse_file(path, "groups of %d weights, but expected are 64", c->group_size);
+        return refuse_file(path, "groups of %d weights, expected 64", c->group_size);
     if (c->dim < GROUP || c->dim > MAX_WIDTH || c->dim % GROUP != 0 || c->hidden_dim < GROUP ||
         c->hidden_dim > MAX_WIDTH || c->hidden_dim % GROUP != 0)
-        return refuse_file(path,
-                           "dim %d and hidden_dim %d, but expected are multiples of 64 up to %d",
+        return refuse_file(path, "dim %d and hidden_dim %d, expected multiples of 64 up to %d",
                            c->dim, c->hidden_dim, MAX_WIDTH);
     if (c->n_heads < 1 || c->dim % c->n_heads != 0 || c->dim / c->n_heads % 2 != 0 ||
         c->n_kv_heads < 1 || c->n_heads % c->n_kv_heads != 0)
@@ -500,7 +498,7 @@ static QuantizedTensor take_tensor(Memory *memory, size_t rows, size_t cols) {
     return (QuantizedTensor){rows, cols, take_memory(memory, panels, sizeof(Panel))};
 }
 
-// Lays out the weights in the order in which a pass reads them.
+// Lays out the matrices in the order in which a pass multiplies by them, then the norms.
 static void lay_out_weights(Weights *w, const Config *c) {
     Memory *memory = &w->memory;
     size_t dim = c->dim, kv_dim = c->kv_dim, hidden_dim = c->hidden_dim;
@@ -569,13 +567,11 @@ static QuantizedActivations take_activations(Memory *memory, size_t tokens, size
 
 #define CHUNK 256 // positions
 
-// The KV cache is [position / CHUNK][layer][keys, values][kv_head][CHUNK][head_size]: a short chat
-// occupies only the beginning of it, and yet what a worker reads for a head of a layer lies
-// together.
+// The KV cache is [position / CHUNK][layer][keys, values][kv_head][CHUNK * head_size]: a short chat
+// touches only its beginning, and what a worker reads for a head of a layer is contiguous.
 
-// Returns the block of KEY_BLOCK positions that a position lies in. The heads of a layer are
-// counted as in the rows of wqkv: 0..n_kv_heads have keys [head_size][KEY_BLOCK], and the same
-// number behind them has values [KEY_BLOCK][head_size].
+// Returns the block of KEY_BLOCK positions that holds a position: for a head below n_kv_heads its
+// keys [head_size][KEY_BLOCK], for one of the next n_kv_heads its values [KEY_BLOCK][head_size].
 static float *kv_block(const State *s, const Config *c, size_t layer, size_t head,
                        size_t position) {
     size_t chunk = (position / CHUNK * c->n_layers + layer) * 2 * c->n_kv_heads + head;
@@ -611,11 +607,12 @@ static int build_state(State *s, const Config *c, const char *path) {
     lay_out_state(s, c);
     if (reserve_memory(&s->memory, path, "computing", MAP_NORESERVE) < 0) return -1;
     lay_out_state(s, c);
+    // Huge pages, if the kernel has some: the processor's prefetching stops at the end of a page.
     madvise(s->kv_cache, (size_t)((char *)s->x - (char *)s->kv_cache), MADV_HUGEPAGE);
     return 0;
 }
 
-// Gets memory for the weights and reads them. Returns 0, or -1 after one line on stderr.
+// Gets memory for the weights and reads them. Returns 0, or -1 after reporting why.
 static int build_weights(Weights *w, const Config *c, ModelFile *file) {
     w->layers = calloc((size_t)c->n_layers, sizeof(Layer));
     if (w->layers == NULL)
@@ -623,8 +620,7 @@ static int build_weights(Weights *w, const Config *c, ModelFile *file) {
     lay_out_weights(w, c);
     if (reserve_memory(&w->memory, file->path, "its weights", 0) < 0) return -1;
     lay_out_weights(w, c);
-    // Huge pages, if the kernel has some: the processor's prefetching stops at the end of a page.
-    madvise(w->memory.start, (size_t)w->memory.size, MADV_HUGEPAGE);
+    madvise(w->memory.start, (size_t)w->memory.size, MADV_HUGEPAGE); // see build_state()
     read_weights(file, w, c);
     return file->failed ? -1 : 0;
 }
@@ -636,7 +632,8 @@ static void free_transformer(Transformer *t) {
 }
 
 // Loads a model: checks the file and packs its weights into panels. The file is not needed
-// afterwards. Returns 0, or -1 after one line on stderr; free_transformer() is due in both cases.
+// afterwards. Returns 0, or -1 after reporting why; the caller calls free_transformer() in both
+// cases.
 static int build_transformer(Transformer *t, const char *path) {
     ModelFile file;
     *t = (Transformer){.kernels = choose_kernels(), .kv_ahead = choose_kv_ahead()};
@@ -692,7 +689,7 @@ static void rope_table(float *table, size_t head_size, size_t pos) {
     }
 }
 
-// Rotates the pairs (x[i], x[i + 1]) of n rows of a head; table begins with that of the first pair.
+// Rotates the pairs (x[i], x[i + 1]) of n values of a head; table begins with the first pair's.
 static void rope(float *x, const float *table, size_t n) {
     for (size_t i = 0; i < n; i += 2) {
         float a = x[i], b = x[i + 1], c = table[i], s = table[i + 1];
@@ -728,8 +725,8 @@ typedef struct {
 // Normalizes and quantizes some of the tokens.
 static void quantize_tokens(const Pass *pass, int worker, MatrixInput *in, Range tokens) {
     Transformer *t = pass->transformer;
-    for (size_t first = tokens.first; first < tokens.last; first += NORM_ROWS) {
-        size_t rows = min_size(tokens.last - first, NORM_ROWS);
+    for (size_t first = tokens.first; first < tokens.end; first += NORM_ROWS) {
+        size_t rows = min_size(tokens.end - first, NORM_ROWS);
         const float *values = in->x + first * in->q.width;
         if (in->weight) {
             rmsnorm(t->state.normed[worker], values, in->weight, in->q.width, rows);
@@ -740,10 +737,9 @@ static void quantize_tokens(const Pass *pass, int worker, MatrixInput *in, Range
     }
 }
 
-// Prepares the input of a matrix. Several tokens are quantized in a step of their own. For a single
-// token every worker repeats the work in its own buffer, in mat_mul(): cheaper than a barrier. It
-// does that after it has claimed rows, because x is not overwritten before all claimed rows are
-// done.
+// Prepares the input of a matrix. Several tokens are quantized in a step of their own. A single one
+// each worker quantizes for itself, which is cheaper than a barrier: in mat_mul(), when it has
+// claimed rows, as no later step can overwrite x before these rows are done.
 static MatrixInput prepare_input(const Pass *pass, int worker, const float *x, const float *weight,
                                  size_t width, size_t n) {
     State *s = &pass->transformer->state;
@@ -783,7 +779,7 @@ static void add_to_residual(const Pass *pass, int worker, const QuantizedTensor 
     for (Range rows = {0}; claim(worker, w->rows, rows_per_piece(&in), &rows);) {
         mat_mul(pass, worker, out, w, rows, &in);
         for (size_t token = 0; token < pass->n; token++)
-            for (size_t i = token * w->rows + rows.first; i < token * w->rows + rows.last; i++)
+            for (size_t i = token * w->rows + rows.first; i < token * w->rows + rows.end; i++)
                 x[i] = x[i] + out[i];
     }
 }
@@ -797,10 +793,11 @@ static void rotate_and_store(const Pass *pass, size_t layer, Range rows) {
     for (size_t token = 0; token < pass->n; token++) {
         size_t position = pass->pos + token, at = position % KEY_BLOCK, end;
         float *qkv = s->qkv + token * (c->dim + 2 * c->kv_dim);
-        for (size_t r = rows.first; r < rows.last; r = end) {
-            size_t head = r / head_size, i = r % head_size; // query, key and value heads
+        for (size_t r = rows.first; r < rows.end; r = end) {
+            size_t head = r / head_size,
+                   i = r % head_size; // query heads, then key, then value heads
             bool is_value = head >= n_heads + n_kv_heads;
-            end = min_size((head + 1) * head_size, rows.last);
+            end = min_size((head + 1) * head_size, rows.end);
             if (!is_value) rope(qkv + r, s->rope + token * head_size + i, end - r);
             if (head < n_heads) continue;
             float *block = kv_block(s, c, layer, head - n_heads, position);
@@ -822,10 +819,10 @@ static void multi_head_attn(const Pass *pass, size_t layer, Range queries, float
     size_t head_size = c->head_size, n_heads = c->n_heads, n_kv_heads = c->n_kv_heads;
     size_t heads_per_kv_head = n_heads / n_kv_heads;
 
-    for (size_t query = queries.first, count; query < queries.last; query += count) {
+    for (size_t query = queries.first, count; query < queries.end; query += count) {
         size_t token = query / n_heads, head = query % n_heads, kv_head = head / heads_per_kv_head;
         size_t kv_len = pass->pos + token + 1;
-        count = min_size(heads_per_kv_head - head % heads_per_kv_head, queries.last - query);
+        count = min_size(heads_per_kv_head - head % heads_per_kv_head, queries.end - query);
         const float *q = s->qkv + token * (c->dim + 2 * c->kv_dim) + head * head_size;
         float *out = s->xb + query * head_size;
         for (size_t t = 0; t < kv_len; t += CHUNK)
@@ -840,7 +837,7 @@ static void multi_head_attn(const Pass *pass, size_t layer, Range queries, float
     }
 }
 
-// x[i] = row `token` of the embedding as floats
+// x = row `token` of the embedding, dequantized
 static void embed(float *x, const QuantizedTensor *w, size_t token) {
     const Panel *panel = panels_of(w, token);
     size_t lane = token % PANEL_ROWS;
@@ -887,7 +884,7 @@ static void feed_forward_block(const Pass *pass, int worker, size_t layer) {
     for (Range rows = {0}; claim(worker, l->w13.rows, rows_per_piece(&in), &rows);) {
         mat_mul(pass, worker, s->gate_up, &l->w13, rows, &in);
         for (size_t token = 0; token < n; token++)
-            for (size_t r = rows.first; r < rows.last; r += 2 * PANEL_ROWS) {
+            for (size_t r = rows.first; r < rows.end; r += 2 * PANEL_ROWS) {
                 size_t i = token * l->w13.rows + r;
                 t->kernels->swiglu(s->hb + i / 2, s->gate_up + i);
             }
@@ -903,7 +900,7 @@ static void forward_steps(const Pass *pass, int worker) {
     size_t dim = t->config.dim, head_size = t->config.head_size;
 
     for (Range tokens = {0}; claim(worker, pass->n, 1, &tokens);)
-        for (size_t token = tokens.first; token < tokens.last; token++) {
+        for (size_t token = tokens.first; token < tokens.end; token++) {
             embed(s->x + token * dim, &w->embedding, pass->tokens[token]);
             rope_table(s->rope + token * head_size, head_size, pass->pos + token);
         }
@@ -995,7 +992,7 @@ static void push(Item *heap, int *count, Item item) {
     heap[i] = item;
 }
 
-// Takes the top off and leaves it behind the heap's new end, so that popping all sorts the array.
+// Moves the top behind the heap's new end and returns it, so that popping all sorts the array.
 static Item pop(Item *heap, int *count) {
     Item top = heap[0];
     heap[0] = heap[--*count];
@@ -1004,7 +1001,7 @@ static Item pop(Item *heap, int *count) {
     return top;
 }
 
-// Pairs of gap and length; see section 8.
+// See section 8.
 static const uint16_t letter_ranges[1320], number_ranges[274], space_ranges[20];
 
 static void mark_class(uint8_t *class_of, uint8_t class, const uint16_t *ranges, size_t count) {
@@ -1015,9 +1012,8 @@ static void mark_class(uint8_t *class_of, uint8_t class, const uint16_t *ranges,
     }
 }
 
-// Reads one character of UTF-8. Returns its length in bytes, 0 if this is none, or -1 if the bytes
-// end within what looks like one. RFC 3629: no longer forms than needed, no surrogates, up to
-// 10FFFF.
+// Reads one character of UTF-8 (RFC 3629: shortest form, no surrogates, up to 10FFFF). Returns its
+// length in bytes, 0 if this is none, or -1 if the bytes end within what looks like one.
 static int decode_utf8(const char *text, size_t length, uint32_t *code) {
     static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000}; // code of so many bytes
     const unsigned char *s = (const unsigned char *)text;
@@ -1062,7 +1058,7 @@ static void sort_tokens(Tokenizer *t) {
         if (count == 0 || compare_bytes(&t->sorted[count - 1], &token) != 0)
             t->sorted[count++] = token;
         else if (token < t->sorted[count - 1])
-            t->sorted[count - 1] = token; // qsort(3) mixes equals
+            t->sorted[count - 1] = token; // qsort(3) is not stable
     }
     t->sorted_count = count;
 }
@@ -1075,7 +1071,7 @@ static void free_tokenizer(Tokenizer *t) {
 }
 
 // Reads the file and points the tokens into it. Everything in it is hostile until checked. Returns
-// 0, or -1 after one line on stderr.
+// 0, or -1 after reporting why.
 static int read_tokens(Tokenizer *t, ModelFile *file) {
     const char *path = file->path;
     size_t size = file->size;
@@ -1111,8 +1107,8 @@ static int read_tokens(Tokenizer *t, ModelFile *file) {
     return 0;
 }
 
-// Loads the tokenizer of a model with so many tokens. Returns 0, or -1 after one line on stderr;
-// free_tokenizer() is due in both cases.
+// Loads the tokenizer of a model with so many tokens. Returns 0, or -1 after reporting why; the
+// caller calls free_tokenizer() in both cases.
 static int build_tokenizer(Tokenizer *t, const char *path, int vocab_size) {
     *t = (Tokenizer){.vocab_size = vocab_size};
     ModelFile file;
@@ -1184,8 +1180,8 @@ static size_t piece_length(const Tokenizer *t, const char *text, size_t length) 
     return 1 + run_of(t, next, text + 1, length - 1, &last);
 }
 
-// A run of bytes that is one token, in a doubly linked list of neighbours. Index and address in the
-// piece are those of the first byte.
+// A run of bytes that is one token, in a doubly linked list of neighbours. symbols[i] begins at
+// byte i of the piece.
 typedef struct {
     int length;      // bytes; 0 when it has become part of its left neighbour
     int left, right; // index of the neighbours; -1 and the piece's length at the ends
@@ -1230,7 +1226,7 @@ static int merge_piece(const Tokenizer *t, const char *piece, int length, Symbol
 }
 
 // Plain text to ids, no template: control tokens spelled in the text are text. tokens has room for
-// length + 1. Returns the number of ids, or -1 after reporting that there is no memory.
+// `length` ids. Returns their number, or -1 after reporting that there is no memory.
 static int encode(Tokenizer *t, const char *text, size_t length, int *tokens) {
     char *piece = malloc(length + 1);
     Symbol *symbols = malloc((length + 1) * sizeof(Symbol));
@@ -1257,7 +1253,7 @@ static int encode(Tokenizer *t, const char *text, size_t length, int *tokens) {
 typedef struct {
     int vocab_size;
     float temperature; // 0 is greedy
-    float top_p; // sample from the likeliest tokens that together just exceed this probability
+    float top_p;       // 0..1, see sample_top_p()
     uint64_t rng_state;
     Item *candidates; // [vocab_size]
     const Kernels *kernels;
@@ -1287,16 +1283,6 @@ static uint32_t random_u32(uint64_t *state) {
 
 static float random_f32(uint64_t *state) { return (float)(random_u32(state) >> 8) / 16777216.0f; }
 
-// Divides n logits by the temperature. Returns false if they are not all finite.
-static bool divide_logits(float *x, int n, float temperature) {
-    bool finite = true;
-    for (int i = 0; i < n; i++) {
-        finite &= isfinite(x[i]) != 0;
-        x[i] = x[i] / temperature;
-    }
-    return finite;
-}
-
 static int argmax(const float *x, int n) {
     int best = 0;
     for (int i = 1; i < n; i++)
@@ -1307,7 +1293,7 @@ static int argmax(const float *x, int n) {
 // Top-p (nucleus) sampling: draws from the smallest set of likeliest tokens whose probability
 // exceeds top_p. The heap yields them in falling order, so that only the set is sorted.
 static int sample_top_p(Sampler *s, const float *p, float coin) {
-    float cutoff = (1 - s->top_p) / (float)(s->vocab_size - 1); // less can't be part of the set
+    float cutoff = (1 - s->top_p) / (float)(s->vocab_size - 1); // smaller ones cannot be in the set
     Item *items = s->candidates;
     int count = 0;
     for (int i = 0; i < s->vocab_size; i++)
@@ -1317,7 +1303,7 @@ static int sample_top_p(Sampler *s, const float *p, float coin) {
 
     int end = count; // the popped ones are items[count..end), the likeliest last
     float sum = 0;
-    while (count > 0 && !(sum > s->top_p)) sum = sum + pop(items, &count).key;
+    while (count > 0 && sum <= s->top_p) sum = sum + pop(items, &count).key;
     float target = coin * sum, reached = 0;
     for (int i = end - 1; i > count; i--) {
         reached = reached + items[i].key;
@@ -1329,11 +1315,13 @@ static int sample_top_p(Sampler *s, const float *p, float coin) {
 // Returns the next token, or -1 after reporting that not all logits are finite. Overwrites them.
 static int sample(Sampler *s, float *logits) {
     int n = s->vocab_size;
-    bool greedy = s->temperature == 0;
-    if (!divide_logits(logits, n, greedy ? 1 : s->temperature))
+    bool finite = true;
+    for (int i = 0; i < n; i++) finite &= isfinite(logits[i]) != 0;
+    if (!finite)
         return report_error(
             "The model computed logits that are not finite numbers; its file must be damaged.");
-    if (greedy) return argmax(logits, n);
+    if (s->temperature == 0) return argmax(logits, n);
+    for (int i = 0; i < n; i++) logits[i] = logits[i] / s->temperature;
     s->kernels->softmax(logits, (size_t)n);
     return sample_top_p(s, logits, random_f32(&s->rng_state));
 }
@@ -1352,7 +1340,7 @@ static int sample(Sampler *s, float *logits) {
 // What is known of the drafts so far: see decode().
 typedef struct {
     int max_length;    // tokens; 0 for no drafts
-    double right;      // share of their tokens that were right, lately
+    double right;      // share of the tokens compared with a draw that were right, lately
     double token_time; // seconds of a pass over one token, lately
     double extra_time; // seconds that a pass takes longer for each token of a draft, lately
 } Drafts;
@@ -1362,9 +1350,9 @@ struct Session {
     Tokenizer tokenizer;
     Sampler sampler;
     int max_new_tokens;
-    int *ids;   // [seq_len] the conversation so far ...
-    int length; // ... so many tokens ...
-    int cached; // ... of which the KV cache holds the first so many
+    int *ids;   // [seq_len] tokens of the conversation
+    int length; // how many there are
+    int cached; // how many of them, from the first on, the KV cache holds
     int *turns; // [seq_len] where each turn starts in ids
     int turn_count;
     Drafts drafts;
@@ -1377,8 +1365,8 @@ typedef struct {
     bool line_open; // the last character printed was not a newline, or there is none
 } Printer;
 
-// Prints text. Leaves out bytes that are no UTF-8 and control characters but newline and tab, as a
-// terminal would execute them, U+0080..9F, too.
+// Prints text, but no invalid UTF-8 and no control characters (U+0000..1F and 7F..9F) except
+// newline and tab: a terminal would execute them.
 static void print_text(Printer *printer, const char *text, size_t length) {
     for (size_t i = 0; i < length; i++) {
         printer->bytes[printer->count++] = text[i];
@@ -1406,8 +1394,8 @@ static void free_session(Session *s) {
     free(s->turns);
 }
 
-// Loads everything that the settings name. Returns 0, or -1 after one line on stderr;
-// free_session() is due in both cases.
+// Loads everything that the settings name. Returns 0, or -1 after reporting why; the caller calls
+// free_session() in both cases.
 static int build_session(Session *s, const Settings *settings) {
     *s = (Session){.max_new_tokens = settings->max_new_tokens,
                    .drafts = {.max_length = settings->draft_tokens, .right = 0.5}};
@@ -1435,25 +1423,22 @@ static int build_session(Session *s, const Settings *settings) {
 static int encode_prompt(Tokenizer *t, const char *prompt, size_t length, int *ids) {
     char text[5 + MAX_PROMPT_LEN] = "user\n";
     memcpy(text + 5, prompt, length);
-    const struct {
-        int control_token;
-        const char *text;
-        size_t length;
-    } parts[] = {
-        {t->im_start, text, 5 + length}, {t->im_end, "\n", 1}, {t->im_start, "assistant\n", 10}};
+    const int control_tokens[] = {t->im_start, t->im_end, t->im_start};
+    const char *const texts[] = {text, "\n", "assistant\n"};
+    const size_t lengths[] = {5 + length, 1, 10};
     int n = 0;
-    for (size_t i = 0; i < sizeof(parts) / sizeof(parts[0]); i++) {
-        ids[n++] = parts[i].control_token;
-        int count = encode(t, parts[i].text, parts[i].length, ids + n);
+    for (int i = 0; i < 3; i++) {
+        ids[n++] = control_tokens[i];
+        int count = encode(t, texts[i], lengths[i], ids + n);
         if (count < 0) return -1;
         n += count;
     }
     return n;
 }
 
-// When the window has no room for `needed` more tokens, drops the oldest turns until what stays
-// fills at most half of what these leave. What stays moves to other positions, so the KV cache
-// holds none of it; dropping that many turns at once makes it rare.
+// If the window has no room for `needed` more tokens, drops the oldest turns until what stays fills
+// at most half of the room beside them. What stays moves to other positions, so the KV cache holds
+// none of it; dropping that many turns at once makes it rare.
 static void make_room(Session *s, int needed) {
     int rest = s->transformer.config.seq_len - needed, dropped = 0;
     if (s->turn_count == 0 || s->length <= rest) return;
@@ -1476,7 +1461,7 @@ static void make_room(Session *s, int needed) {
 // ends the pass. So drafts change no text.
 
 #define MAX_NGRAM 8
-#define USUAL_EXTRA 0.2 // extra_time in passes over one token, AVX2
+#define USUAL_EXTRA 0.2 // usual extra_time / token_time, AVX2
 
 // Writes a draft of `length` tokens behind the conversation: what followed the latest of the
 // longest earlier occurrences of its last 2..MAX_NGRAM tokens. Returns false if there is none.
@@ -1492,8 +1477,8 @@ static bool propose_draft(Session *s, int length) {
     return true;
 }
 
-// Returns the length of a draft that pays best, at most `most`. Its token number d is needed if all
-// before are right, too: it saves a pass with the probability right^d, and costs extra_time.
+// Returns the length of a draft that pays best, at most `most`. Its token number d, from 1, saves a
+// pass if it and all before it are right, with the probability right^d, and costs extra_time.
 static int best_draft_length(const Drafts *drafts, int most) {
     double saved = drafts->right * drafts->token_time;
     int length = 0;
@@ -1508,7 +1493,7 @@ static void move_average(double *average, double value, double share) {
 // Learns from a pass over one token and a draft, which took so many seconds. Without a draft,
 // extra_time moves to what is usual: else a single slow pass could end drafts for good.
 static void measure_pass(Drafts *drafts, int draft, double time) {
-    if (drafts->token_time == 0) { // the first pass: best_draft_length() was 0
+    if (drafts->token_time == 0) { // the first pass, which had no draft
         drafts->token_time = time;
         drafts->extra_time = USUAL_EXTRA * time;
     } else if (draft == 0) {
@@ -1544,11 +1529,11 @@ static int next_token(Session *s, Reply *reply, float *logits) {
 // tokens that are drawn behind them. Returns 0, or -1 if the session cannot go on.
 static int decode(Session *s, Reply *reply) {
     Drafts *drafts = &s->drafts;
-    int pending = s->length - s->cached, most = reply->limit - reply->generated - 1;
-    if (most > drafts->max_length) most = drafts->max_length;
-    // No draft follows a prompt: its tokens would come out of the prompt's pass, whose time Speed
-    // leaves out. The best length may be 0. The first token of such a draft is compared with the
-    // draw all the same, so that drafts.right does not stay low.
+    int pending = s->length - s->cached;
+    int most = min_int(reply->limit - reply->generated - 1, drafts->max_length);
+    // No draft behind a prompt: Speed would count its tokens but not their time. If the best length
+    // is 0, the draft's first token is compared with the draw all the same, so that drafts.right
+    // can rise again.
     bool proposed = pending == 1 && most > 0 && propose_draft(s, most);
     int draft = proposed ? best_draft_length(drafts, most) : 0;
     double start = seconds(CLOCK_MONOTONIC);
@@ -1581,7 +1566,7 @@ static int begin_turn(Session *s, const char *prompt, size_t length) {
     }
     // Reserves at most half the window for the reply, so that a large -m does not drop the whole
     // conversation. A longer reply needs room that is free anyway.
-    int reserve = s->max_new_tokens < seq_len / 2 ? s->max_new_tokens : seq_len / 2;
+    int reserve = min_int(s->max_new_tokens, seq_len / 2);
     make_room(s, count + reserve + CLOSING);
     s->turns[s->turn_count++] = s->length;
     memcpy(s->ids + s->length, ids, (size_t)count * sizeof(int));
@@ -1597,7 +1582,7 @@ static int generate(Session *s, const char *prompt, size_t length) {
     int result = begin_turn(s, prompt, length);
     if (result != 0) return flush_output() < 0 ? -1 : result;
     int room = s->transformer.config.seq_len - s->length - CLOSING;
-    Reply reply = {.limit = s->max_new_tokens < room ? s->max_new_tokens : room,
+    Reply reply = {.limit = min_int(s->max_new_tokens, room),
                    .printer.line_open = true}; // an empty reply is an empty line
     while (!reply.ended && reply.generated < reply.limit)
         if (decode(s, &reply) < 0) return -1;
@@ -1714,7 +1699,7 @@ static const uint16_t space_ranges[20] = {
 #define KERNEL TARGET static
 #define INLINE TARGET static inline __attribute__((always_inline))
 
-// Vectors that fill one register. They may lie at any address, and over memory of other types.
+// Vectors that fill one register. They may lie at any element, and over memory of other types.
 #define VECTOR(type, size) type __attribute__((vector_size(size), aligned(sizeof(type)), may_alias))
 #define floats NAME(floats)
 #define ints NAME(ints)
@@ -1736,7 +1721,7 @@ typedef VECTOR(uint64_t, 4 * LANES) longs;
     ((__typeof__(a))(((mask) & (__typeof__(mask))(a)) | (~(mask) & (__typeof__(mask))(b))))
 
 // e^x as glibc's expf computes it where there is no FMA, all in double and rounded once at the end:
-// x = k * ln2 / 32 + r, e^x = 2^(k/32) * a cubic polynomial of r. The error is at most 0.502 ulp.
+// x * 32 / ln2 = k + r, e^x = 2^(k/32) * a cubic polynomial of r. The error is at most 0.502 ulp.
 INLINE half NAME(exp_half)(half x) {
     const double C0 = 0x1.c6af84b912394p-5 / 32768, C1 = 0x1.ebfce50fac4f3p-3 / 1024;
     const double C2 = 0x1.62e42ff0c52d6p-1 / 32, shift = 0x1.8p52; // adding it rounds to an integer
@@ -1756,8 +1741,7 @@ INLINE half NAME(exp_half)(half x) {
     return __builtin_convertvector(y, half);
 }
 
-// Adding up in index order makes each addition wait for the one before. Meanwhile the processor
-// computes the next exponentials.
+// The sum in index order is a chain of additions; meanwhile the next exponentials are computed.
 KERNEL float NAME(exp_minus)(float *x, size_t n, float shift) {
     float sum = 0;
     size_t i = 0;
@@ -1841,7 +1825,7 @@ INLINE void NAME(score_block)(float *out, size_t stride, const float *q, const s
     for (size_t i = 0; i < head_size; i++, keys += KEY_BLOCK)
         for (int v = 0; v < VECTORS; v++) {
             if (v * LANES % LINE_FLOATS == 0) __builtin_prefetch(keys + v * LANES + ahead, 0, 2);
-            floats k = LOAD(volatile floats, keys + v * LANES); // or loaded for each head again
+            floats k = LOAD(volatile floats, keys + v * LANES); // loaded once, not for each head
             for (size_t head = 0; head < heads; head++)
                 sum[head][v] = sum[head][v] + k * q[head * head_size + i];
         }
@@ -1869,7 +1853,7 @@ KERNEL void NAME(score)(float *out, size_t stride, const float *q, size_t heads,
 // Vectors of dimensions that go together: 64 dimensions, or 32 in the smallest registers.
 #define MIX_VECTORS (LANES == 16 ? 4 : 8)
 
-// Some vectors of dimensions of a block's values.
+// mix() for a block of positions and some vectors of dimensions.
 INLINE void NAME(mix_vectors)(float *out, const float *weight, size_t stride, const size_t heads,
                               size_t head_size, const float *values, size_t kv_len, size_t ahead,
                               const size_t vectors) {
@@ -1944,9 +1928,9 @@ INLINE ints NAME(add_step)(ints sum, ints w, const QuantizedActivations *x, size
     if (UNSIGNED_WEIGHTS) w ^= (int32_t)0x80808080; // w + 128, see add_group()
     return (ints)DOT4(sum, w, four);
 #else
-    // Bytes become numbers of 16 bits where they lie: seen as such a number, a pair of bytes
-    // shifted right (signs are kept) gives the odd byte, and shifted left before, the even one. A
-    // product of bytes fits into 16 bits, and so does the sum of two, 2 * 128 * 127.
+    // Bytes become numbers of 16 bits where they lie: of two bytes seen as one such number, >> 8
+    // gives the odd one with its sign, << 8 >> 8 the even one. The sum of two products fits into 16
+    // bits: 2 * 128 * 127.
     shorts weights = (shorts)w, inputs = (shorts)four;
     ints pairs = (ints)((weights << 8 >> 8) * (inputs << 8 >> 8) + (weights >> 8) * (inputs >> 8));
     return sum + (pairs << 16 >> 16) + (pairs >> 16);
@@ -1960,14 +1944,14 @@ INLINE void NAME(add_group)(NAME(Sums) * sum, const Panel *const *panel, const s
     const size_t vectors = panels * PANEL_VECTORS, groups = x->width / GROUP;
     const size_t at = token * groups + group;
     ints dot[TILE_TOKENS][STREAMS * PANEL_VECTORS];
-    for (size_t t = 0; t < tokens; t++) // unsigned weights are 128 greater
+    for (size_t t = 0; t < tokens; t++) // zero-point correction: unsigned weights are 128 greater
         for (size_t v = 0; v < vectors; v++)
             dot[t][v] = (ints){0} - (UNSIGNED_WEIGHTS ? x->sum[at + t * groups] : 0);
 #if defined(DOT4) && defined(__aarch64__) && !defined(__clang__)
 #pragma GCC unroll 4 // or GCC copies each sum from register to register twice in a step
 #endif
     for (size_t step = 0; step < GROUP / 4; step++) {
-        // The next group: a stream waits while the panels of the others are multiplied.
+        // Prefetch the next group: no stream idles while the panels of others are multiplied.
         for (size_t p = 0; p < panels; p++) __builtin_prefetch(panel[p][group + 1].q[step]);
         ints w[STREAMS * PANEL_VECTORS];
         for (size_t v = 0; v < vectors; v++)
@@ -2014,9 +1998,9 @@ INLINE void NAME(multiply_tile)(float *out, const QuantizedTensor *w, size_t row
 KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, Range rows,
                               const QuantizedActivations *x) {
     size_t row = rows.first;
-    for (; row + STREAM_ROWS <= rows.last; row += STREAM_ROWS)
+    for (; row + STREAM_ROWS <= rows.end; row += STREAM_ROWS)
         NAME(multiply_tile)(out, w, row, STREAMS, x, 0, 1);
-    for (; row < rows.last; row += PANEL_ROWS) NAME(multiply_tile)(out, w, row, 1, x, 0, 1);
+    for (; row < rows.end; row += PANEL_ROWS) NAME(multiply_tile)(out, w, row, 1, x, 0, 1);
 }
 
 // All tokens times the rows of some panels.
@@ -2039,16 +2023,16 @@ INLINE void NAME(multiply_panels)(float *out, const QuantizedTensor *w, size_t r
 // With few tokens, most of the time goes into reading the weights: all streams at once. Many tokens
 // go over the weights of a tile again and again, so these must stay in the L1 cache: then a tile
 // has only the panels that are multiplied together. (With STREAMS panels a prompt of 128 tokens
-// takes 1.02 of the time, a pass of 32 the same; AVX2. See rows_per_piece(), too.)
+// takes 1.02 of the time, a pass of 32 the same; AVX2.)
 KERNEL void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, Range rows,
                               const QuantizedActivations *x, size_t n) {
     const size_t joint = NAME(joint_panels)(STREAMS, TILE_TOKENS);
     size_t row = rows.first;
-    for (; n <= FEW_TOKENS && row + STREAM_ROWS <= rows.last; row += STREAM_ROWS)
+    for (; n <= FEW_TOKENS && row + STREAM_ROWS <= rows.end; row += STREAM_ROWS)
         NAME(multiply_panels)(out, w, row, STREAMS, x, n);
-    for (; row + joint * PANEL_ROWS <= rows.last; row += joint * PANEL_ROWS)
+    for (; row + joint * PANEL_ROWS <= rows.end; row += joint * PANEL_ROWS)
         NAME(multiply_panels)(out, w, row, joint, x, n);
-    for (; row < rows.last; row += PANEL_ROWS) NAME(multiply_panels)(out, w, row, 1, x, n);
+    for (; row < rows.end; row += PANEL_ROWS) NAME(multiply_panels)(out, w, row, 1, x, n);
 }
 
 #define TEXT(name) #name

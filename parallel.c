@@ -11,7 +11,8 @@
 #include <stdatomic.h>
 #include <sys/resource.h>
 
-// How long a worker spins before it sleeps: most wait less, and to sleep and wake up takes longer.
+// How long a worker spins before it sleeps: most waits are shorter, and to sleep and wake up takes
+// longer.
 // A longer spin would keep the CPU from a worker that the others wait for.
 #define SPIN_SECONDS 13e-6
 
@@ -26,9 +27,9 @@
 // shares. So a worker that loses its CPU delays the others by one piece, and one that wakes late
 // finds the pieces done and goes on to the next step.
 
-// The lower bits of WorkerSlot.claims are a piece: a step has at most MAX_VOCAB / 32, as
-// rows_per_piece() is not less. The other 44 count the steps, which takes a year at 500,000 steps
-// per second.
+// The lower bits of WorkerSlot.claims are a piece's number: a step has at most MAX_VOCAB / 32, as
+// rows_per_piece() is at least 32. The other 44 bits count the steps: enough for a year at 500,000
+// steps per second.
 #define PIECE_BITS 20
 
 typedef struct {
@@ -37,9 +38,9 @@ typedef struct {
     // reset between steps.
     _Alignas(64) atomic_ullong claims;
     atomic_ullong done; // pieces that this worker has computed, in all steps
-    // Only the worker itself uses these.
+    // Only the worker itself uses these, in a cache line of their own.
     _Alignas(64) unsigned long long step; // number of its current step
-    unsigned long long total;             // pieces of all steps up to this one
+    unsigned long long total;             // pieces of all steps up to this one, included
     unsigned long long claimed;           // pieces that this worker has claimed, in all steps
 } WorkerSlot;
 
@@ -60,7 +61,7 @@ typedef struct {
     pthread_cond_t closed;          // wakes the other threads
     Pass pass;                      // the last one that was published
     unsigned long long passes;      // how many were published
-    unsigned long long step, total; // of a WorkerSlot at the beginning of that pass
+    unsigned long long step, total; // worker 0's when that pass was published
     bool closing;
 } Pool;
 static Pool pool;
@@ -92,15 +93,15 @@ static void barrier_wait(WorkerSlot *slot) {
     pthread_mutex_unlock(&pool.lock);
 }
 
-// Claims the next piece of the owner's share of the current step of `slot`. Returns false if none
-// is left, else its number in *next.
+// Claims the next piece of the owner's share, in the step of `slot`, the claiming worker. Returns
+// false if none is left, else its number in *next.
 static bool claim_from(const WorkerSlot *slot, int owner, size_t pieces, size_t *next) {
     size_t first = pieces * owner / pool.workers, end = pieces * (owner + 1) / pool.workers;
     unsigned long long seen = pool.slots[owner].claims;
     do {
         unsigned long long step = seen >> PIECE_BITS;
         *next = step == slot->step ? seen & ((1 << PIECE_BITS) - 1) : first;
-        if (step > slot->step || *next == end) return false; // the step is over, or the share is
+        if (step > slot->step || *next == end) return false; // the step or the share is used up
     } while (!atomic_compare_exchange_weak(&pool.slots[owner].claims, &seen,
                                            slot->step << PIECE_BITS | (*next + 1)));
     return true;
@@ -109,7 +110,7 @@ static bool claim_from(const WorkerSlot *slot, int owner, size_t pieces, size_t 
 static bool claim(int worker, size_t count, size_t piece_size, Range *piece) {
     WorkerSlot *slot = &pool.slots[worker];
     size_t pieces = (count + piece_size - 1) / piece_size, next;
-    if (piece->last == 0) slot->step++, slot->total += pieces; // the first call of a step
+    if (piece->end == 0) slot->step++, slot->total += pieces; // the first call of a step
     for (int i = 0; i < pool.workers; i++)
         if (claim_from(slot, (worker + i) % pool.workers, pieces, &next)) {
             slot->claimed++;
@@ -196,7 +197,7 @@ static int start_threads(int threads, int workers) {
     return 0;
 }
 
-// The same with as many workers as there are CPUs for.
+// The same, with at most one worker per CPU.
 static int init_thr_pool(int threads) {
     cpu_set_t cpus;
     int usable = sched_getaffinity(0, sizeof(cpus), &cpus) == 0 ? CPU_COUNT(&cpus) : threads;
@@ -206,7 +207,7 @@ static int init_thr_pool(int threads) {
 // ------------------------------------------------------------------------------------------------
 // The program
 
-// Prints what each thread has used. Thread 0 is the main thread, which has a line of its own for
+// Prints the CPU time of each thread. Thread 0 is the main thread, which has a line of its own for
 // what it had used before it created the pool.
 static void print_usage(Usage before) {
     Usage whole = {0}, now = thread_usage();

@@ -103,10 +103,10 @@ static Config take_shape(Input *in) {
 // Builds the model of the file as it is. What is loaded must be able to compute.
 static void load_model(void) {
     Transformer t;
-    bool loaded = build_transformer(&t, path) == 0;
-    int tokens[] = {t.config.vocab_size - 1, 0};
-    if (loaded && t.weights.memory.size < 1 << 20)
+    if (build_transformer(&t, path) == 0 && t.weights.memory.size < 1 << 20) {
+        int tokens[] = {t.config.vocab_size - 1, 0};
         forward(&t, tokens, t.config.seq_len > 1 ? 2 : 1, 0);
+    }
     free_transformer(&t);
 }
 
