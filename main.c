@@ -395,8 +395,8 @@ static void engine_path(char path[PATH_MAX], const char *name) {
 
 // Undoes in the child what main has changed for itself, and puts the pipes where the engine finds
 // them. Returns 0, or -1 with errno. RETURN_FD may be the number of a duplicate in *before, so the
-// duplicates are used first. No pipe end has that number: it was in use before the
-// pipes were opened, at least by such a duplicate.
+// duplicates are used first. No pipe end has that number: it was in use before the pipes were
+// opened, at least by such a duplicate.
 static int restore_inherited(const Inherited *before, pid_t front_end, int prompts, int returns) {
     char pid[24];
     snprintf(pid, sizeof(pid), "%d", (int)front_end);
@@ -781,8 +781,7 @@ int main(int argc, char **argv) {
     parse_options(&options, argc, argv);
     if (flush_output() < 0) return 1;
 
-    // Blocked signals stay pending until they are read from the signalfd, so none interrupts a
-    // call.
+    // Blocked signals stay pending until they are read from the signalfd: none interrupts a call.
     const int more[] = {SIGINT, SIGTERM, SIGCHLD, SIGCONT};
     for (size_t i = 0; i < sizeof(more) / sizeof(more[0]); i++) sigaddset(&blocked, more[i]);
     if (sigprocmask(SIG_BLOCK, &blocked, &before.mask) < 0) return report_signal_error();
