@@ -354,7 +354,7 @@ typedef struct {
     float *gate_up;              // [MAX_BATCH][2 * hidden_dim], in turn as the rows of w13
     float *hb;                   // [MAX_BATCH][hidden_dim], the output of SwiGLU
     float *rope;                 // [MAX_BATCH][head_size / 2][cos, sin]
-    float *logits;               // [wanted][vocab_size], see Pass
+    float *logits;               // [MAX_BATCH][vocab_size], the first `wanted` of a pass
     QuantizedActivations shared; // input of a matrix: several tokens
     QuantizedActivations own[MAX_THREADS]; // input of a matrix: a single token
     float *normed[MAX_THREADS];            // [NORM_ROWS][dim], between rmsnorm() and quantize()
@@ -794,8 +794,7 @@ static void rotate_and_store(const Pass *pass, size_t layer, Range rows) {
         size_t position = pass->pos + token, at = position % KEY_BLOCK, end;
         float *qkv = s->qkv + token * (c->dim + 2 * c->kv_dim);
         for (size_t r = rows.first; r < rows.end; r = end) {
-            size_t head = r / head_size,
-                   i = r % head_size; // query heads, then key, then value heads
+            size_t head = r / head_size, i = r % head_size; // of query, then key, then value heads
             bool is_value = head >= n_heads + n_kv_heads;
             end = min_size((head + 1) * head_size, rows.end);
             if (!is_value) rope(qkv + r, s->rope + token * head_size + i, end - r);

@@ -12,8 +12,7 @@
 #include <sys/resource.h>
 
 // How long a worker spins before it sleeps: most waits are shorter, and to sleep and wake up takes
-// longer.
-// A longer spin would keep the CPU from a worker that the others wait for.
+// longer. A longer spin would keep the CPU from a worker that the others wait for.
 #define SPIN_SECONDS 13e-6
 
 // ------------------------------------------------------------------------------------------------
@@ -224,10 +223,9 @@ static void print_usage(Usage before) {
 }
 
 #define USAGE                                                                                      \
-    SETTINGS_USAGE " <threads> <seed> [\"prompt\" ...]\n" SETTINGS_HELP                            \
-                   "\n  threads             1 to 64\n"                                             \
-                   "  prompt              answered in turn; without one, "                         \
-                   "prompts are read from stdin"
+    SETTINGS_USAGE                                                                                 \
+    " <threads> <seed> [\"prompt\" ...]\n" SETTINGS_HELP "\n  threads             1 to 64\n"       \
+    "  prompt              answered in turn; without one, prompts are read from stdin"
 
 int main(int argc, char **argv) {
     reserve_standard_fds();

@@ -3,6 +3,7 @@
 //
 //     setenv, dup2   fail always (main needs them only between fork and exec)
 //     ppoll, waitpid, sigprocmask, kill, sigwaitinfo   fail always
+//     reaped         kill(2) of the process that waitpid(2) returned last aborts: its pid is free
 //     signalfd, start, returns                         read(2) fails for this descriptor
 //     prompt         write(2) fails for data that begin with "FAULT"
 //     byte           write(2) of one byte fails for the return pipe
@@ -21,6 +22,8 @@
 #include <unistd.h>
 
 #define READ_DELAY 500000 // microseconds
+
+static pid_t reaped; // the process that waitpid(2) returned last, or 0
 
 static int fault(const char *name) {
     const char *wanted = getenv("FAULT");
@@ -50,7 +53,9 @@ int ppoll(struct pollfd *fds, nfds_t count, const struct timespec *limit, const 
 
 pid_t waitpid(pid_t pid, int *status, int options) {
     pid_t (*next)(pid_t, int *, int) = dlsym(RTLD_NEXT, "waitpid");
-    return fault("waitpid") ? fail(EINVAL) : next(pid, status, options);
+    pid_t child = fault("waitpid") ? fail(EINVAL) : next(pid, status, options);
+    if (child > 0) reaped = child;
+    return child;
 }
 
 int sigprocmask(int how, const sigset_t *set, sigset_t *old) {
@@ -60,6 +65,7 @@ int sigprocmask(int how, const sigset_t *set, sigset_t *old) {
 
 int kill(pid_t pid, int signal) {
     int (*next)(pid_t, int) = dlsym(RTLD_NEXT, "kill");
+    if (fault("reaped") && pid == reaped) abort();
     return fault("kill") ? fail(EPERM) : next(pid, signal);
 }
 

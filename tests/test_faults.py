@@ -128,6 +128,29 @@ class FailureTest(SessionTestCase):
                 session = self.run_to_end("sh", "-c", 'exec "$0" -d "$1" 42 </', program, TINY)
                 self.assert_one_line(session, "Cannot read the input", "directory")
 
+    def test_an_engine_that_has_died_gets_no_signal(self):
+        """Its pid may be another process's by then. main finds out that stdout has no reader only
+        when it prints how the engine ended."""
+        session = self.start_fake('report()\nwait_for("end")\n', env=with_fault("reaped"))
+        session.read_until(">>> ")
+        session.hang_up()
+        session.release("end")
+        self.assertEqual(session.finish(), 1)
+
+    def test_an_output_that_cannot_be_written_is_reported_besides_other_errors(self):
+        """The prompt mark is written, the input cannot be read, and nothing more can be written."""
+        folder = self.folder()
+
+        def unreadable_input_and_full_output():
+            os.dup2(os.open(folder, os.O_RDONLY), 0)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+            os.dup2(os.open(folder / "output", os.O_WRONLY | os.O_CREAT), 1)
+            os.lseek(1, 1000 - len(">>> "), os.SEEK_SET)
+        session = self.start(MAIN, "-d", TINY, 42, prepare=unreadable_input_and_full_output)
+        self.assertEqual(session.finish(), 1)
+        self.assertRegex(session.errors, r"\ACannot read the input: [^\n]*\n"
+                                         r"Cannot write the output: File too large.\n\Z")
+
     def test_an_output_that_cannot_be_written_is_reported_once(self):
         """By the engine or by main, also if what is lost is the last message."""
         output = self.folder() / "output"

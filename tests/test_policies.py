@@ -173,6 +173,12 @@ class RefusalTest(PolicyTestCase):
             self.assert_refused(("-s", policy, "-n", lower), f"SCHED_{policy}", "CAP_SYS_NICE",
                                 f"the nice value {lower}", prepare=drop_privilege)
 
+    def test_after_a_refusal_no_engine_runs(self):
+        """The child waits for its start byte, and exits when that cannot come any more."""
+        session = self.start_fake("put('started')\n", "-s", "FIFO", prepare=drop_privilege)
+        self.assertEqual(session.finish(), 1)
+        self.assertEqual(session.text, "")
+
     def test_an_affinity_too_narrow_for_deadline_is_reported(self):
         """EPERM in spite of the privilege: the message mentions the affinity."""
         self.need_all_cpus()

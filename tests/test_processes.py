@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import struct
+import sys
 import time
 import unittest
 from pathlib import Path
@@ -520,6 +521,15 @@ class StartTest(SessionTestCase):
                                           typed="My name is Zelda.\n", cwd=folder, env=environment)
                 self.assertIn("Hello Zelda!", session.text)
                 self.assertEqual(session.status, 0)
+
+    def test_the_engine_is_found_by_a_main_that_was_executed_by_its_descriptor(self):
+        """fexecve(3): the name that execve(2) got is of no use then, /proc/self/exe is."""
+        script = ("import os, sys\n"
+                  "os.execve(os.open(sys.argv[1], os.O_RDONLY), sys.argv[1:], os.environ)")
+        session = self.run_to_end(sys.executable, "-c", script, MAIN, "-d", TINY, 42,
+                                  typed="My name is Zelda.\n", cwd=self.folder())
+        self.assertIn("Hello Zelda!", session.text)
+        self.assertEqual(session.status, 0)
 
     def test_missing_and_broken_files_are_reported(self):
         """One line with the path and what to do, from main and from the engine; status 1."""
