@@ -350,7 +350,7 @@ static void fuzz_forward(Input *in) {
 // Holds a chat with the model that was written last. Returns its ids; *length is their number.
 static int *chat(Input in, const Config *c, int draft_tokens, int *length) {
     Session s = {.tokenizer = tiny, .max_new_tokens = 1 + take(&in) % 40};
-    s.drafts = (Drafts){.max_length = draft_tokens, .right = 0.5};
+    s.max_draft = draft_tokens;
     require(build_transformer(&s.transformer, path) == 0, "a good model is refused");
     build_sampler(&s.sampler, c->vocab_size, 0.25f * (float)(take(&in) % 4), 0.9f, 42);
     s.sampler.kernels = s.transformer.kernels;

@@ -494,9 +494,7 @@ static void check_drafts(const char *dir, unsigned long long seed) {
     long tokens = 0;
     for (int turn = 0; turn < 12; turn++) {
         const char *prompt = prompts[random_below(6)];
-        // Whether drafts pay depends on the clock; here they do.
-        drafting.drafts =
-            (Drafts){.max_length = 1 + random_below(MAX_DRAFT), .right = 0.99, .token_time = 1};
+        drafting.max_draft = 1 + random_below(MAX_DRAFT);
         if (generate(&plain, prompt, strlen(prompt)) < 0 ||
             generate(&drafting, prompt, strlen(prompt)) < 0)
             fail("drafts: no reply");

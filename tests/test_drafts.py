@@ -31,6 +31,10 @@ class DraftsTest(SmallModelTestCase):
                     tokens, passes = tokens + int(counts[1]), passes + int(counts[2])
         self.assertLess(passes, 0.9 * tokens)  # so drafts were accepted
 
+    def test_the_same_chat_makes_the_same_passes(self):
+        """The length of the drafts depends on what was accepted, not on the clock."""
+        self.assertEqual(len({tuple(probe_lines("drafts", TINY, 5)) for _ in range(3)}), 1)
+
     def test_drafts_with_threads_and_all_kernels(self):
         """The same on more threads than there are CPUs, and for every kernel table."""
         for seed in (1, 2, 3):
