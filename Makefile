@@ -88,18 +88,18 @@ test: all
 # e^x of all 2^32 floats against its definition, and how many of them libm rounds otherwise
 test_exp:
 	mkdir -p tests/build
-	$(CC) -O3 $(CFLAGS) -o tests/build/probe_exp tests/probe.c -lm
+	$(CC) -O3 $(CFLAGS) -o tests/build/probe_exp tests/helpers/probe.c -lm
 	tests/build/probe_exp exp 1
 
 bench: all
-	python3 tests/bench.py
+	python3 tests/bench/bench.py
 
 # The experiments; their results stay in tests/results.
 policies threads: all
-	python3 tests/experiments.py $@
+	python3 tests/experiments/experiments.py $@
 
 clean:
-	rm -rf $(PROGRAMS) log tests/build tests/__pycache__ __pycache__
+	rm -rf $(PROGRAMS) log tests/build __pycache__ tests/__pycache__ tests/*/__pycache__
 
 clean_bin:
 	rm -f model.bin tokenizer.bin model.bin.part tokenizer.bin.part

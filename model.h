@@ -1560,7 +1560,7 @@ static const uint64_t exp_table[32] = {
 };
 
 // clang-format off
-// Unicode 15.1.0, printed by tests/make_unicode.py: pairs of gap and length
+// Unicode 15.1.0, printed by tests/helpers/make_unicode.py: pairs of gap and length
 static const uint16_t letter_ranges[1320] = {
     65, 26, 6, 26, 47, 1, 10, 1, 4, 1, 5, 23, 1, 31, 1, 458, 4, 12, 14, 5, 7, 1, 1, 1, 129, 5, 1, 2,
     2, 4, 1, 1, 6, 1, 1, 3, 1, 1, 1, 20, 1, 83, 1, 139, 8, 166, 1, 38, 2, 1, 6, 41, 71, 27, 4, 4,

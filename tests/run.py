@@ -11,7 +11,9 @@ import traceback
 import unittest
 from pathlib import Path
 
-import script
+TESTS = Path(__file__).resolve().parent
+sys.path += [str(TESTS / "helpers"), str(TESTS / "experiments")]
+import script  # noqa: E402
 
 TEST_LIMIT = 300  # seconds; the tests bound their own waits. To compile with sanitizers takes longest
 
@@ -71,7 +73,7 @@ def main():
     if len(sys.argv) > 1:
         loader.testNamePatterns = [f"*{word}*" for word in sys.argv[1:]]
     report = Report()
-    loader.discover(str(Path(__file__).parent)).run(report)
+    loader.discover(str(TESTS)).run(report)
 
     skipped = len(report.left_out - report.failed)
     print(f"{report.passed} passed, {len(report.failed)} failed"

@@ -13,7 +13,7 @@ from measuring import Reply
 from support import LOG_LINE, TESTS, TINY, SessionTestCase, wait_until
 from test_policies import drop_privilege
 
-SCRIPT = (sys.executable, TESTS / "experiments.py")
+SCRIPT = (sys.executable, TESTS / "experiments" / "experiments.py")
 SVG = "{http://www.w3.org/2000/svg}"
 
 

@@ -19,7 +19,7 @@ time.sleep(600)
 
 def faults():
     """The path of the library that makes calls fail, compiled again if its source is newer."""
-    source, path = TESTS / "faults.c", Path(BUILD, "faults.so")
+    source, path = TESTS / "helpers" / "faults.c", Path(BUILD, "faults.so")
     if not path.exists() or path.stat().st_mtime < source.stat().st_mtime:
         path.parent.mkdir(exist_ok=True)
         subprocess.run([*shlex.split(os.environ.get("CC", "gcc")), "-Wall", "-Wextra", "-shared",

@@ -1,5 +1,5 @@
 """Arbitrary bytes do no harm, and random models and chats are as the plain way has them: a few
-random inputs for tests/fuzz.c, which libFuzzer gives many more.
+random inputs for tests/fuzz/fuzz.c, which libFuzzer gives many more.
 """
 import os
 import random
@@ -19,7 +19,7 @@ class FuzzTest(SessionTestCase):
     def run_inputs(self, target, paths):
         """Run these files as inputs of a target, which must find nothing wrong."""
         flags = shlex.split(os.environ.get("PROBE_CFLAGS", ""))
-        program = compiled_program("fuzz.c", "-O2", *flags)
+        program = compiled_program("fuzz/fuzz.c", "-O2", *flags)
         sanitizer = os.environ.get("ASAN_OPTIONS", "")
         result = subprocess.run(
             [*EMULATOR, program, *paths], cwd=TOP, stdout=subprocess.PIPE,

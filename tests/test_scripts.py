@@ -37,14 +37,14 @@ class ScriptTest(SessionTestCase):
 
     def test_a_full_disk(self):
         """One line reports it."""
-        for script, *words in (("run.py", QUICK), ("bench.py",)):
-            with self.subTest(script), open("/dev/full", "w") as full:
-                process = self.start_script(TESTS / script, *words, stdout=full)
-                self.assert_ends(process, 1, rf"\A{script}: [^\n]*No space left[^\n]*\n\Z")
+        for script, *words in ((TESTS / "run.py", QUICK), (TESTS / "bench" / "bench.py",)):
+            with self.subTest(script.name), open("/dev/full", "w") as full:
+                process = self.start_script(script, *words, stdout=full)
+                self.assert_ends(process, 1, rf"\A{script.name}: [^\n]*No space left[^\n]*\n\Z")
 
     def test_ctrl_c(self):
         """One line, status 130; bench.py first prints what it does and how long it takes."""
-        process = self.start_script(TESTS / "bench.py", stdout=subprocess.PIPE,
+        process = self.start_script(TESTS / "bench" / "bench.py", stdout=subprocess.PIPE,
                                     start_new_session=True)
         self.addCleanup(process.stdout.close)
         self.assertRegex(process.stdout.readline(), "about [0-9]+ minutes")

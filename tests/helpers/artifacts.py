@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 TOP = TESTS.parent
 BUILD = TESTS / "build"
 COMPILER = shlex.split(os.environ.get("CC", "gcc"))
@@ -44,7 +44,7 @@ def model_file(arguments):
     path = build_path("model", f"{arguments}.bin")
     if not path.exists():
         with new_file(path) as unfinished:
-            subprocess.run([sys.executable, TESTS / "make_model.py", unfinished,
+            subprocess.run([sys.executable, TESTS / "helpers" / "make_model.py", unfinished,
                             *arguments.split()], check=True)
     return path
 
@@ -56,9 +56,11 @@ def write_tokenizer(path, tokens):
 
 
 def compiled_program(source, *flags):
-    """The path of a program of tests/, compiled again if a source file is newer."""
+    """The path of a program of tests/, "helpers/probe.c" for example; built again if a source file
+    is newer.
+    """
     path = build_path(Path(source).stem, *COMPILER, *flags)
-    sources = [*TOP.glob("*.[ch]"), *TESTS.glob("*.[ch]")]
+    sources = [*TOP.glob("*.[ch]"), *TESTS.glob("*/*.[ch]")]
     if path.exists() and path.stat().st_mtime > max(each.stat().st_mtime for each in sources):
         return path
     with new_file(path) as unfinished:

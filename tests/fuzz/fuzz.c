@@ -4,9 +4,9 @@
 // With -DLIBFUZZER, for clang's -fsanitize=fuzzer, new inputs are searched for. Without, the
 // program runs the inputs in the files that are its arguments. Whatever is wrong ends in abort(3).
 #define main engine_main
-#include "../inference.c"
+#include "../../inference.c"
 #undef main
-#include "oracle.h"
+#include "../helpers/oracle.h"
 
 #define TINY "tests/tiny" // a path from the top of the repository
 

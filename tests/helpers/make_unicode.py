@@ -57,7 +57,7 @@ def packed(values):
 
 
 def main():
-    print(f"// Unicode {unicodedata.unidata_version}, printed by tests/make_unicode.py:"
+    print(f"// Unicode {unicodedata.unidata_version}, printed by tests/helpers/make_unicode.py:"
           " pairs of gap and length")
     for name, belongs in (("letter_ranges", is_letter), ("number_ranges", is_number),
                           ("space_ranges", is_space)):

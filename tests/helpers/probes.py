@@ -1,4 +1,4 @@
-"""Builds tests/probe.c with one of the engines and runs its commands."""
+"""Builds probe.c with one of the engines and runs its commands."""
 import functools
 import os
 import shlex
@@ -9,13 +9,13 @@ from artifacts import EMULATOR, compiled_program
 from support import AT_ONCE, INFERENCE, SessionTestCase
 
 PROBE_LIMIT = 90  # seconds; a golden run of the full size under a sanitizer is the longest
-PARALLEL = ("-DENGINE=\"../parallel.c\"", "-DPARALLEL")
+PARALLEL = ("-DENGINE=\"../../parallel.c\"", "-DPARALLEL")
 
 
 @functools.lru_cache(maxsize=None)
 def probe_program(engine):
     """The path of the probe over this engine. PROBE_CFLAGS adds flags, those of a sanitizer."""
-    return compiled_program("probe.c", "-O2", *shlex.split(os.environ.get("PROBE_CFLAGS", "")),
+    return compiled_program("helpers/probe.c", "-O2", *shlex.split(os.environ.get("PROBE_CFLAGS", "")),
                             *(PARALLEL if engine == "parallel" else ()))
 
 

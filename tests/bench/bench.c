@@ -10,13 +10,13 @@
 // The engine is inference.c's, or with -DPARALLEL parallel.c's, with THREADS threads.
 #define main engine_main
 #ifdef PARALLEL
-#include "../parallel.c"
+#include "../../parallel.c"
 #else
-#include "../inference.c"
+#include "../../inference.c"
 #endif
 #undef main
-#include "counting.h"
-#include "oracle.h"
+#include "../helpers/counting.h"
+#include "../helpers/oracle.h"
 #include <pthread.h>
 #include <sys/resource.h>
 

@@ -1,11 +1,11 @@
 // probe.c - an engine for the tests: prints what they compare with the golden data, and checks
 // every fast path against the plain recipe of oracle.h.
 //
-// With -DENGINE='"../parallel.c"' it uses that engine, with the number of threads in the
+// With -DENGINE='"../../parallel.c"' it uses that engine, with the number of threads in the
 // environment variable THREADS.
 #define main engine_main
 #ifndef ENGINE
-#define ENGINE "../inference.c"
+#define ENGINE "../../inference.c"
 #endif
 #include ENGINE
 #undef main
@@ -302,7 +302,7 @@ static void check_swiglu(const Kernels *kernels) {
 #define TARGET __attribute__((target("avx2,avx512vl,avx512vnni")))
 #define DOT4(sum, w, x) _mm256_dpbusd_epi32((__m256i)(sum), (__m256i)(w), (__m256i)(x))
 #define UNSIGNED_WEIGHTS 1
-#include "../model.h"
+#include "../../model.h"
 
 __attribute__((target("avx2"))) static inline __m256i emulated_dpbusd(__m256i sum, __m256i w,
                                                                       __m256i x) {
@@ -321,7 +321,7 @@ __attribute__((target("avx2"))) static inline __m256i emulated_dpbusd(__m256i su
 #define TARGET __attribute__((target("avx2")))
 #define DOT4(sum, w, x) emulated_dpbusd((__m256i)(sum), (__m256i)(w), (__m256i)(x))
 #define UNSIGNED_WEIGHTS 1
-#include "../model.h"
+#include "../../model.h"
 #endif
 
 static void check_kernels(const Kernels *kernels) {

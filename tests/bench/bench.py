@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """make bench: how near the engine comes to the machine's limits, as two tables.
 
-    python3 tests/bench.py [RUNS]      medians of so many runs (default: 5)
+    python3 tests/bench/bench.py [RUNS]      medians of so many runs (default: 5)
 
-The model has SmolLM-135M's shape and random weights; tests/make_model.py writes it once. Decoding has to
+The model has SmolLM-135M's shape and random weights; tests/helpers/make_model.py writes it once. Decoding has to
 read all of the weights and of the key and value caches for each token, so its limit is the memory:
 "of limit" is bytes per token * tokens per second / the read bandwidth measured in the same run.
 """
@@ -17,8 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-import script
-from artifacts import BUILD, TESTS, TOP, model_file
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+import script  # noqa: E402
+from artifacts import BUILD, TESTS, TOP, model_file  # noqa: E402
 
 POSITIONS, PROMPTS, THREADS = (100, 1000, 2000), (16, 128, 512), (1, 2, 4, 8, 16)
 HEAD = [*(f"decoding near {p}, of limit" for p in POSITIONS), *(f"prompt of {p}" for p in PROMPTS)]
@@ -27,9 +28,9 @@ MINUTES_PER_RUN = 1
 
 
 def build(name, *flags):
-    """tests/bench.c with the options of the one-line builds."""
+    """bench.c with the options of the one-line builds."""
     program = Path(BUILD) / name
-    subprocess.run(["gcc", "-Wall", "-Wextra", "-o", program, TESTS / "bench.c", *flags,
+    subprocess.run(["gcc", "-Wall", "-Wextra", "-o", program, TESTS / "bench" / "bench.c", *flags,
                     "-lm", "-lpthread"], check=True)
     return program
 

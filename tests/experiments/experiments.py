@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """make policies, make threads: the experiments of the coursework.
 
-    python3 tests/experiments.py policies    speed, CPU use, switches for each scheduling policy
-    python3 tests/experiments.py threads     speed and times for 1 to 16 threads
+    python3 tests/experiments/experiments.py policies    speed, CPU use, switches for each scheduling policy
+    python3 tests/experiments/experiments.py threads     speed and times for 1 to 16 threads
 
 The model is the one in the top folder, or else one of SmolLM's shape with random weights, which is
 written once. The result is printed, and saved in a folder of its own below tests/results: a report
@@ -15,12 +15,13 @@ import sys
 import time
 from pathlib import Path
 
-from artifacts import BUILD, TESTS, TOP, model_file
-from chart import bar_chart
-from measuring import CPUS, Refused, Session
-from report import column, overlap, save, table, triple
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "helpers")]
+from artifacts import BUILD, TESTS, TOP, model_file  # noqa: E402
+from chart import bar_chart  # noqa: E402
+from measuring import CPUS, Refused, Session  # noqa: E402
+from report import column, overlap, save, table, triple  # noqa: E402
 
-from avg_cpu_use import average, parse  # measuring has put the top folder on the path
+from avg_cpu_use import average, parse  # noqa: E402 (measuring has put the top folder on the path)
 
 POLICIES = [(f"SCHED_{name}, nice {nice}", ("-s", name, "-n", str(nice)))
             for name in ("OTHER", "BATCH") for nice in (0, 2, 10, 19)]
