@@ -1,5 +1,5 @@
 // probe.c - an engine for the tests: prints what they compare with the golden data, and checks
-// every fast path against the plain recipe of oracle.h.
+// every fast path against the plain recipe of oracle.h. The table at the end has its commands.
 //
 // With -DENGINE='"../../parallel.c"' it uses that engine, with the number of threads in the
 // environment variable THREADS.
@@ -13,23 +13,16 @@
 #include "oracle.h"
 #include <sys/resource.h>
 
-static void start_engine_threads(void) {
-#ifdef PARALLEL
-    const char *text = getenv("THREADS");
-    int threads = text ? atoi(text) : 1;
-    if (start_threads(threads, threads) < 0) exit(1); // all work, however many CPUs there are
-#endif
-}
-
-static void end_engine_threads(void) {
-#ifdef PARALLEL
-    close_thr_pool();
-#endif
-}
-
 _Noreturn static void fail(const char *what) {
     fprintf(stderr, "%s\n", what);
     exit(1);
+}
+
+// The arguments of a command end with NULL, like those of main.
+static int count(char **arguments) {
+    int n = 0;
+    while (arguments[n]) n++;
+    return n;
 }
 
 static uint64_t hash_logits(const float *logits, int vocab_size) {
@@ -37,21 +30,19 @@ static uint64_t hash_logits(const float *logits, int vocab_size) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Golden cases: golden MODEL SEED TEMPERATURE TOP_P SAMPLES BATCH TOKEN...
-//
+// Golden cases, and whole windows
+
 // Feeds the tokens in passes of BATCH, printing the hash of the logits after each, then the first
 // four logits, the samples, and the hash after the last sample.
-
-static void golden(char **arguments, int count) {
+static void golden(char **arguments) {
     Transformer t;
     Sampler sampler;
-    if (count < 7 || build_transformer(&t, arguments[0]) < 0) fail("golden: bad arguments");
-    start_engine_threads();
+    if (build_transformer(&t, arguments[0]) < 0) exit(1);
     int vocab_size = t.config.vocab_size, samples = atoi(arguments[4]), batch = atoi(arguments[5]);
     build_sampler(&sampler, vocab_size, strtof(arguments[2], NULL), strtof(arguments[3], NULL),
                   strtoull(arguments[1], NULL, 10));
     sampler.kernels = t.kernels;
-    int n = count - 6, *tokens = calloc((size_t)n, sizeof(int));
+    int n = count(arguments) - 6, *tokens = calloc((size_t)n, sizeof(int));
     for (int i = 0; i < n; i++) tokens[i] = atoi(arguments[6 + i]);
 
     float *logits = NULL;
@@ -71,20 +62,16 @@ static void golden(char **arguments, int count) {
         logits = forward(&t, &token, 1, n + i);
     }
     printf("final %016llx\n", (unsigned long long)hash_logits(logits, vocab_size));
-    end_engine_threads();
-    free(tokens);
-    free_sampler(&sampler);
-    free_transformer(&t);
 }
 
-// oracle MODEL SEED TEMPERATURE TOP_P SAMPLES TOKEN...: the same by the oracle, token by token
-static void golden_oracle(char **arguments, int count) {
+// The same by the oracle, token by token
+static void golden_oracle(char **arguments) {
     OracleModel m;
-    if (count < 6 || oracle_load(&m, arguments[0]) < 0) fail("oracle: bad arguments");
+    if (oracle_load(&m, arguments[0]) < 0) exit(1);
     OracleSampler sampler = {.state = strtoull(arguments[1], NULL, 10),
                              .temperature = strtof(arguments[2], NULL),
                              .top_p = strtof(arguments[3], NULL)};
-    int n = count - 5, samples = atoi(arguments[4]), vocab_size = m.shape.vocab_size;
+    int n = count(arguments) - 5, samples = atoi(arguments[4]), vocab_size = m.shape.vocab_size;
     for (int i = 0; i < n; i++) {
         oracle_forward(&m, atoi(arguments[5 + i]), i);
         printf("logits %016llx\n", (unsigned long long)hash_logits(m.logits, vocab_size));
@@ -99,13 +86,12 @@ static void golden_oracle(char **arguments, int count) {
     oracle_free(&m);
 }
 
-// window MODEL: the logits of every token against the oracle's until the window is full, in passes
-// of many lengths
-static void check_window(const char *path) {
+// The logits of every token against the oracle's until the window is full, in passes of many
+// lengths
+static void check_window(char **arguments) {
     Transformer t;
     OracleModel oracle;
-    if (build_transformer(&t, path) < 0 || oracle_load(&oracle, path) < 0) exit(1);
-    start_engine_threads();
+    if (build_transformer(&t, *arguments) < 0 || oracle_load(&oracle, *arguments) < 0) exit(1);
     const int lengths[] = {1, 90, 1, 40, MAX_BATCH, 3, 17};
     int tokens[MAX_BATCH], vocab_size = t.config.vocab_size, seq_len = t.config.seq_len;
     for (int pos = 0, pass = 0, n; pos < seq_len; pos += n, pass++) {
@@ -117,19 +103,16 @@ static void check_window(const char *path) {
                        (size_t)vocab_size * sizeof(float)) != 0)
                 fail("window: the logits differ from the oracle's");
     }
-    end_engine_threads();
     printf("%s: a window of %d tokens agrees with the oracle\n", t.kernels->name, seq_len);
-    oracle_free(&oracle);
-    free_transformer(&t);
 }
 
 // ------------------------------------------------------------------------------------------------
-// The tokenizer: encode TOKENIZER VOCAB_SIZE < texts, each an int32 length and its bytes. Prints a
-// line of ids for each text.
+// The tokenizer
 
-static void encode_texts(const char *path, int vocab_size) {
+// Prints a line of ids for each text on stdin, an int32 length and its bytes.
+static void encode_texts(char **arguments) {
     Tokenizer t;
-    if (build_tokenizer(&t, path, vocab_size) < 0) exit(1);
+    if (build_tokenizer(&t, arguments[0], atoi(arguments[1])) < 0) exit(1);
     for (int32_t length; fread(&length, sizeof(length), 1, stdin) == 1;) {
         char *text = malloc((size_t)length + 1);
         int *ids = malloc(((size_t)length + 1) * sizeof(int));
@@ -143,8 +126,16 @@ static void encode_texts(const char *path, int vocab_size) {
     free_tokenizer(&t);
 }
 
+// A letter for the class of each code point, as one line
+static void print_classes(char **arguments) {
+    Tokenizer t;
+    if (build_tokenizer(&t, arguments[0], atoi(arguments[1])) < 0) exit(1);
+    for (int code = 0; code < UNICODE_END; code++) putchar("OLNS"[t.class_of[code]]);
+    free_tokenizer(&t);
+}
+
 // ------------------------------------------------------------------------------------------------
-// Kernels against the oracle: kernels (of the table that KERNELS names)
+// Kernels against the oracle
 
 static uint64_t random_state = 88172645463325252ull;
 
@@ -347,16 +338,17 @@ static void check_kernels(const Kernels *kernels) {
     printf("%s kernels agree with the oracle\n", kernels->name);
 }
 
-// kernels: those of the table that KERNELS names, or of the best
-static void check_chosen_kernels(void) {
+// Those of the table that KERNELS names, or of the best
+static void check_chosen_kernels(char **arguments) {
+    (void)arguments;
     const Kernels *kernels = choose_kernels();
     if (kernels == NULL) exit(1);
     check_kernels(kernels);
 }
 
-// avxvnni: the checks of the kernels for the two other forms of the AVX-VNNI table, as far as this
-// machine can run them
-static void check_avxvnni_forms(void) {
+// The two other forms of the AVX-VNNI table, where this machine can run them
+static void check_avxvnni_forms(char **arguments) {
+    (void)arguments;
 #if defined(AVXVNNI)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2")) check_kernels(&kernels_emulated);
@@ -368,8 +360,9 @@ static void check_avxvnni_forms(void) {
 // ------------------------------------------------------------------------------------------------
 // Smaller things
 
-// rope HEAD_SIZE: the hash of the table of positions 0..2047
-static void hash_rope(int head_size) {
+// The hash of the table of positions 0..2047
+static void hash_rope(char **arguments) {
+    int head_size = atoi(*arguments);
     static float table[2048 * 512];
     for (int pos = 0; pos < 2048; pos++)
         rope_table(table + pos * head_size, (size_t)head_size, (size_t)pos);
@@ -377,9 +370,10 @@ static void hash_rope(int head_size) {
            (unsigned long long)oracle_fnv1a(table, 2048 * (size_t)head_size * sizeof(float)));
 }
 
-// exp STEP: e^x of every STEP-th of all floats against the oracle; with STEP 1 of all 2^32, which
-// also counts how many differ from libm's expf
-static void check_exp(uint32_t step) {
+// e^x of every STEP-th of all floats against the oracle; with STEP 1 of all 2^32. Also counts how
+// many differ from libm's expf.
+static void check_exp(char **arguments) {
+    uint32_t step = (uint32_t)atoi(*arguments);
     enum { AT_A_TIME = 1000 };
     const Kernels *kernels = choose_kernels();
     float x[AT_A_TIME], y[AT_A_TIME];
@@ -405,8 +399,9 @@ static void check_exp(uint32_t step) {
     if (wrong) exit(1);
 }
 
-// sample: the sampler against the oracle's full sort, on logits of many shapes
-static void check_sampler(void) {
+// The sampler against the oracle's full sort, on logits of many shapes
+static void check_sampler(char **arguments) {
+    (void)arguments;
     const int sizes[] = {1, 2, 3, 17, 1000, 5000};
     const float temperatures[] = {0, 0.01f, 0.6f, 1, 100}, tops[] = {0, 0.1f, 0.9f, 0.999f, 1};
     const Kernels *kernels = choose_kernels();
@@ -438,11 +433,10 @@ static void check_sampler(void) {
     puts("the sampler agrees with the oracle");
 }
 
-// sample SEED TEMPERATURE TOP_P COUNT LOGIT...: ids drawn from the same logits again and again
-static void print_samples(char **arguments, int count) {
+// Ids drawn from the same logits again and again
+static void print_samples(char **arguments) {
     Sampler s;
-    int n = count - 4;
-    if (n < 1) fail("sample: bad arguments");
+    int n = count(arguments) - 4;
     float *logits = oracle_alloc((size_t)n, sizeof(float));
     build_sampler(&s, n, strtof(arguments[1], NULL), strtof(arguments[2], NULL),
                   strtoull(arguments[0], NULL, 10));
@@ -454,25 +448,28 @@ static void print_samples(char **arguments, int count) {
     free(logits);
 }
 
-// expf X...: e^x of each
-static void print_exponentials(char **arguments, int count) {
+// e^x of each
+static void print_exponentials(char **arguments) {
     const Kernels *kernels = choose_kernels();
-    float *x = oracle_alloc((size_t)count, sizeof(float));
-    for (int i = 0; i < count; i++) x[i] = strtof(arguments[i], NULL);
-    kernels->exp_minus(x, (size_t)count, 0);
-    for (int i = 0; i < count; i++) printf("%a\n", (double)x[i]);
+    int n = count(arguments);
+    float *x = oracle_alloc((size_t)n, sizeof(float));
+    for (int i = 0; i < n; i++) x[i] = strtof(arguments[i], NULL);
+    kernels->exp_minus(x, (size_t)n, 0);
+    for (int i = 0; i < n; i++) printf("%a\n", (double)x[i]);
     free(x);
 }
 
-// exp_table: the bits of its entries
-static void print_exp_table(void) {
+// The bits of the entries of its table
+static void print_exp_table(char **arguments) {
+    (void)arguments;
     for (int i = 0; i < 32; i++) printf("%016llx\n", (unsigned long long)exp_table[i]);
 }
 
-// drafts DIR SEED: two chats with the same random settings, one of them without drafts, must be the
+// Two chats with the same random settings, one of them without drafts, must be the
 // same conversation, token by token. Prints how many tokens the one with drafts has drawn, and in
 // how many passes (on one thread).
-static void check_drafts(const char *dir, unsigned long long seed) {
+static void check_drafts(char **arguments) {
+    unsigned long long seed = strtoull(arguments[1], NULL, 10);
     const char *prompts[] = {"Tell me a story.",  "Count from 1 to 9.",
                              "What is a pipe?",   "Repeat: one two one two one two one two",
                              "My name is Zelda.", "a"};
@@ -480,13 +477,12 @@ static void check_drafts(const char *dir, unsigned long long seed) {
     Session plain, drafting;
     random_state = seed * 0x9E3779B97F4A7C15ull + 1;
     Settings settings = DEFAULT_SETTINGS;
-    settings.dir = dir;
+    settings.dir = arguments[0];
     settings.seed = seed;
     settings.temperature = temperatures[random_below(6)];
     settings.top_p = random_below(3) ? 0.9f : 1;
     settings.max_new_tokens = random_below(3) ? 1 + random_below(60) : 1000;
     settings.draft_tokens = 0;
-    start_engine_threads();
     int output = open_silent_session(&plain, &settings);
     if (build_session(&drafting, &settings) < 0) exit(1);
     Kernels counting;
@@ -506,46 +502,39 @@ static void check_drafts(const char *dir, unsigned long long seed) {
         tokens += drafting.length - reply;
     }
     dprintf(output, "%ld tokens %ld passes\n", tokens, counted_passes(&drafting.transformer));
-    end_engine_threads();
-    free_session(&plain);
-    free_session(&drafting);
 }
 
-// long_chat DIR TURNS MAX_NEW_TOKENS: the tokens of all turns, and how many were computed for them
-static void count_long_chat(const char *dir, int turns, int max_new_tokens) {
+// The tokens of all turns, and how many were computed for them
+static void count_long_chat(char **arguments) {
     Session s;
     Settings settings = DEFAULT_SETTINGS;
-    settings.dir = dir;
-    settings.max_new_tokens = max_new_tokens;
+    settings.dir = arguments[0];
+    settings.max_new_tokens = atoi(arguments[2]);
     settings.draft_tokens = 0;
-    start_engine_threads();
     int output = open_silent_session(&s, &settings);
     Kernels counting;
     count_work(&s.transformer, &counting);
     long tokens = 0;
-    for (int turn = 0; turn < turns; turn++) {
+    for (int turn = 0; turn < atoi(arguments[1]); turn++) {
         const char *prompt = turn % 2 ? "What is a pipe?" : "My name is Zelda.";
         if (generate(&s, prompt, strlen(prompt)) < 0) fail("long_chat: no reply");
         tokens += s.length - s.turns[s.turn_count - 1];
     }
     dprintf(output, "%ld %ld\n", tokens, counted_tokens(&s.transformer));
-    end_engine_threads();
-    free_session(&s);
 }
 
-// rollover DIR: a chat until the context window has rolled over some times. After each time the
+// A chat until the context window has rolled over some times. After each time the
 // last tokens are computed once more from the KV cache, and the logits must be those of a
 // transformer that computes what is left of the conversation from its first token.
-static void check_rollover(const char *dir) {
+static void check_rollover(char **arguments) {
     enum { LAST = 8 }; // fewer than the tokens of any turn, and more than are not in the cache yet
     char path[4096];
     Session s;
     Transformer fresh;
     Settings settings = DEFAULT_SETTINGS;
-    settings.dir = dir;
-    snprintf(path, sizeof(path), "%s/model.bin", dir);
+    settings.dir = *arguments;
+    snprintf(path, sizeof(path), "%s/model.bin", *arguments);
     if (build_transformer(&fresh, path) < 0) exit(1);
-    start_engine_threads();
     int output = open_silent_session(&s, &settings), turns = 0;
     for (int rollovers = 0, length = 0; rollovers < 2; turns++, length = s.length) {
         const char *prompt = turns % 2 ? "Tell me a story." : "What is a thread?";
@@ -560,25 +549,22 @@ static void check_rollover(const char *dir) {
             fail("rollover: the KV cache does not hold the conversation");
     }
     dprintf(output, "%d turns\n", turns);
-    end_engine_threads();
-    free_session(&s);
-    free_transformer(&fresh);
 }
 
-// tables: the names of the kernel tables that this machine can run, the best first
-static void print_tables(void) {
+// The names of the kernel tables that this machine can run, the best first
+static void print_tables(char **arguments) {
+    (void)arguments;
     const Kernels *usable[MAX_TABLES];
     int count = usable_kernels(usable);
     for (int i = 0; i < count; i++) puts(usable[i]->name);
 }
 
-// load MODEL...: whether each is loaded or refused, with the reasons on stderr, then the peak of
+// Whether each is loaded or refused, with the reasons on stderr, then the peak of
 // the memory in kB. Whatever is loaded must be able to compute, which small ones show.
-static void load_models(char **paths, int count) {
-    start_engine_threads();
-    for (int i = 0; i < count; i++) {
+static void load_models(char **paths) {
+    for (; *paths; paths++) {
         Transformer t;
-        bool loaded = build_transformer(&t, paths[i]) == 0;
+        bool loaded = build_transformer(&t, *paths) == 0;
         puts(loaded ? "loaded" : "refused");
         if (loaded && t.weights.memory.size < 1 << 20) {
             int tokens[] = {0, t.config.vocab_size - 1};
@@ -587,57 +573,65 @@ static void load_models(char **paths, int count) {
         }
         free_transformer(&t);
     }
-    end_engine_threads();
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
     printf("%ld\n", usage.ru_maxrss);
 }
 
-// memory MODEL: the peak of the memory, once tokens from all over the vocabulary have been decoded,
+// The peak of the memory, once tokens from all over the vocabulary have been decoded,
 // and the size of the weights, both in kB
-static void measure_memory(const char *path) {
+static void measure_memory(char **arguments) {
     Transformer t;
     struct rusage usage;
-    if (build_transformer(&t, path) < 0) exit(1);
-    start_engine_threads();
+    if (build_transformer(&t, *arguments) < 0) exit(1);
     for (int i = 0; i < 32; i++) forward(&t, &(int){i * (t.config.vocab_size / 32)}, 1, i);
-    end_engine_threads();
     getrusage(RUSAGE_SELF, &usage);
     printf("%ld %zu\n", usage.ru_maxrss, (size_t)t.weights.memory.size / 1024);
-    free_transformer(&t);
 }
 
-// classes TOKENIZER VOCAB_SIZE: a letter for the class of each code point, as one line
-static void print_classes(const char *path, int vocab_size) {
-    Tokenizer t;
-    if (build_tokenizer(&t, path, vocab_size) < 0) exit(1);
-    for (int code = 0; code < UNICODE_END; code++) putchar("OLNS"[t.class_of[code]]);
-    free_tokenizer(&t);
-}
+// What a command allocates stays until the process ends.
+static const struct {
+    const char *name, *arguments;
+    void (*run)(char **arguments);
+} commands[] = {
+    {"golden", "MODEL SEED TEMPERATURE TOP_P SAMPLES BATCH TOKEN...", golden},
+    {"oracle", "MODEL SEED TEMPERATURE TOP_P SAMPLES TOKEN...", golden_oracle},
+    {"window", "MODEL", check_window},
+    {"encode", "TOKENIZER VOCAB_SIZE <texts", encode_texts},
+    {"classes", "TOKENIZER VOCAB_SIZE", print_classes},
+    {"tables", "", print_tables},
+    {"kernels", "", check_chosen_kernels},
+    {"avxvnni", "", check_avxvnni_forms},
+    {"rope", "HEAD_SIZE", hash_rope},
+    {"exp", "STEP", check_exp},
+    {"expf", "X...", print_exponentials},
+    {"exp_table", "", print_exp_table},
+    {"sampler", "", check_sampler},
+    {"sample", "SEED TEMPERATURE TOP_P COUNT LOGIT...", print_samples},
+    {"drafts", "DIR SEED", check_drafts},
+    {"long_chat", "DIR TURNS MAX_NEW_TOKENS", count_long_chat},
+    {"rollover", "DIR", check_rollover},
+    {"load", "MODEL...", load_models},
+    {"memory", "MODEL", measure_memory},
+};
+enum { COMMANDS = sizeof(commands) / sizeof(commands[0]) };
 
 int main(int argc, char **argv) {
-    const char *command = argc > 1 ? argv[1] : "";
-    if (strcmp(command, "golden") == 0) golden(argv + 2, argc - 2);
-    else if (strcmp(command, "oracle") == 0) golden_oracle(argv + 2, argc - 2);
-    else if (strcmp(command, "rollover") == 0 && argc == 3) check_rollover(argv[2]);
-    else if (strcmp(command, "drafts") == 0 && argc == 4)
-        check_drafts(argv[2], strtoull(argv[3], NULL, 10));
-    else if (strcmp(command, "long_chat") == 0 && argc == 5)
-        count_long_chat(argv[2], atoi(argv[3]), atoi(argv[4]));
-    else if (strcmp(command, "sample") == 0) print_samples(argv + 2, argc - 2);
-    else if (strcmp(command, "expf") == 0) print_exponentials(argv + 2, argc - 2);
-    else if (strcmp(command, "exp_table") == 0) print_exp_table();
-    else if (strcmp(command, "window") == 0 && argc == 3) check_window(argv[2]);
-    else if (strcmp(command, "encode") == 0 && argc == 4) encode_texts(argv[2], atoi(argv[3]));
-    else if (strcmp(command, "classes") == 0 && argc == 4) print_classes(argv[2], atoi(argv[3]));
-    else if (strcmp(command, "load") == 0) load_models(argv + 2, argc - 2);
-    else if (strcmp(command, "memory") == 0 && argc == 3) measure_memory(argv[2]);
-    else if (strcmp(command, "tables") == 0) print_tables();
-    else if (strcmp(command, "kernels") == 0) check_chosen_kernels();
-    else if (strcmp(command, "avxvnni") == 0) check_avxvnni_forms();
-    else if (strcmp(command, "rope") == 0 && argc == 3) hash_rope(atoi(argv[2]));
-    else if (strcmp(command, "exp") == 0 && argc == 3) check_exp((uint32_t)atoi(argv[2]));
-    else if (strcmp(command, "sampler") == 0) check_sampler();
-    else fail("Usage: probe COMMAND ...; each command is described above its function");
+    int i = 0;
+    while (i < COMMANDS && (argc < 2 || strcmp(commands[i].name, argv[1]) != 0)) i++;
+    if (i == COMMANDS) {
+        for (i = 0; i < COMMANDS; i++)
+            printf("probe %s %s\n", commands[i].name, commands[i].arguments);
+        return 2;
+    }
+#ifdef PARALLEL
+    const char *text = getenv("THREADS");
+    int threads = text ? atoi(text) : 1;
+    if (start_threads(threads, threads) < 0) exit(1); // all work, however many CPUs there are
+#endif
+    commands[i].run(argv + 2);
+#ifdef PARALLEL
+    close_thr_pool();
+#endif
     return 0;
 }
