@@ -147,10 +147,10 @@ typedef struct {
 
 // Activations, quantized per group of 64 like the weights.
 typedef struct {
-    size_t width; // values per token
-    int8_t *q;    // [token][width], -127..127
-    float *s;     // [token][width / GROUP]
-    int32_t *sum; // [token][width / GROUP], 128 * the sum of the group's q, see add_group()
+    size_t width;        // values per token
+    int8_t *q;           // [token][width], -127..127
+    float *s;            // [token][width / GROUP]
+    int32_t *correction; // [token][width / GROUP], 128 * the sum of the group's q: see add_group()
 } QuantizedActivations;
 
 typedef struct {
@@ -197,8 +197,8 @@ typedef struct {
     // out[head][i] = out[head][i] + weight[head * stride + t] * value[t][i] for each t < kv_len in
     // order, i < head_size, for the `heads` of out[heads][head_size], which share the values.
     // Prefetches the values likewise.
-    void (*mix)(float *out, const float *weight, size_t stride, size_t heads, size_t head_size,
-                const float *values, size_t kv_len, size_t ahead);
+    void (*weighted_sum)(float *out, const float *weight, size_t stride, size_t heads,
+                         size_t head_size, const float *values, size_t kv_len, size_t ahead);
 
     // Softmax of n >= 1 numbers in place: x - maximum, exp, the sum in index order, each divided by
     // the sum.
@@ -561,7 +561,7 @@ static QuantizedActivations take_activations(Memory *memory, size_t tokens, size
         .width = width,
         .q = take_memory(memory, tokens * width, 1),
         .s = take_floats(memory, tokens * width / GROUP),
-        .sum = take_memory(memory, tokens * width / GROUP, sizeof(int32_t)),
+        .correction = take_memory(memory, tokens * width / GROUP, sizeof(int32_t)),
     };
 }
 
@@ -830,9 +830,9 @@ static void multi_head_attn(const Pass *pass, size_t layer, Range queries, float
         for (size_t i = 0; i < count; i++) kernels->softmax(att + i * stride, kv_len);
         memset(out, 0, count * head_size * sizeof(float));
         for (size_t t = 0; t < kv_len; t += CHUNK)
-            kernels->mix(out, att + t, stride, count, head_size,
-                         kv_block(s, c, layer, n_kv_heads + kv_head, t),
-                         min_size(kv_len - t, CHUNK), ahead);
+            kernels->weighted_sum(out, att + t, stride, count, head_size,
+                                  kv_block(s, c, layer, n_kv_heads + kv_head, t),
+                                  min_size(kv_len - t, CHUNK), ahead);
     }
 }
 
@@ -1641,7 +1641,6 @@ static const uint16_t space_ranges[20] = {
 #define JOIN(name, isa) name##_##isa
 #define NAMED(name, isa) JOIN(name, isa)
 #define NAME(name) NAMED(name, ISA)
-#define KERNEL TARGET static
 #define INLINE TARGET static inline __attribute__((always_inline))
 
 // Vectors that fill one register. They may lie at any element, and over memory of other types.
@@ -1649,14 +1648,14 @@ static const uint16_t space_ranges[20] = {
 #define floats NAME(floats)
 #define ints NAME(ints)
 #define shorts NAME(shorts)
-#define half NAME(half)
+#define singles NAME(singles)
 #define doubles NAME(doubles)
 #define longs NAME(longs)
 typedef VECTOR(float, 4 * LANES) floats;
 typedef VECTOR(int32_t, 4 * LANES) ints;
 typedef VECTOR(int16_t, 4 * LANES) shorts;
-typedef VECTOR(float, 2 * LANES) half;     // half a register of floats ...
-typedef VECTOR(double, 4 * LANES) doubles; // ... and as many doubles
+typedef VECTOR(float, 2 * LANES) singles; // as many floats as a register holds doubles
+typedef VECTOR(double, 4 * LANES) doubles;
 typedef VECTOR(uint64_t, 4 * LANES) longs;
 #define LOAD(type, address) (*(const type *)(address))
 #define STORE(type, address, value) (*(type *)(address) = (value))
@@ -1667,7 +1666,7 @@ typedef VECTOR(uint64_t, 4 * LANES) longs;
 
 // e^x as glibc's expf computes it where there is no FMA, all in double and rounded once at the end:
 // x * 32 / ln2 = k + r, e^x = 2^(k/32) * a cubic polynomial of r. The error is at most 0.502 ulp.
-INLINE half NAME(exp_half)(half x) {
+INLINE singles NAME(exp_singles)(singles x) {
     const double C0 = 0x1.c6af84b912394p-5 / 32768, C1 = 0x1.ebfce50fac4f3p-3 / 1024;
     const double C2 = 0x1.62e42ff0c52d6p-1 / 32, shift = 0x1.8p52; // adding it rounds to an integer
     // Beyond these limits e^x as a float is infinite or 0 in any case. A NaN stays one.
@@ -1683,20 +1682,20 @@ INLINE half NAME(exp_half)(half x) {
     for (int lane = 0; lane < LANES / 2; lane++) table[lane] = exp_table[bits[lane] & 31];
     doubles s = (doubles)(table + (bits << 47));
     doubles y = ((C0 * r + C1) * (r * r) + (C2 * r + 1)) * s;
-    return __builtin_convertvector(y, half);
+    return __builtin_convertvector(y, singles);
 }
 
 // The sum in index order is a chain of additions; meanwhile the next exponentials are computed.
-KERNEL float NAME(exp_minus)(float *x, size_t n, float shift) {
+TARGET static float NAME(exp_minus)(float *x, size_t n, float shift) {
     float sum = 0;
     size_t i = 0;
     for (; i + LANES / 2 <= n; i += LANES / 2) {
-        STORE(half, x + i, NAME(exp_half)(LOAD(half, x + i) - shift));
+        STORE(singles, x + i, NAME(exp_singles)(LOAD(singles, x + i) - shift));
         for (size_t lane = 0; lane < LANES / 2; lane++) sum = sum + x[i + lane];
     }
-    half rest = {0};
+    singles rest = {0};
     memcpy(&rest, x + i, (n - i) * sizeof(float));
-    rest = NAME(exp_half)(rest - shift);
+    rest = NAME(exp_singles)(rest - shift);
     memcpy(x + i, &rest, (n - i) * sizeof(float));
     for (; i < n; i++) sum = sum + x[i];
     return sum;
@@ -1716,22 +1715,22 @@ INLINE float NAME(maximum)(const float *x, size_t n) {
     return greatest;
 }
 
-KERNEL void NAME(softmax)(float *x, size_t n) {
+TARGET static void NAME(softmax)(float *x, size_t n) {
     const float sum = NAME(exp_minus)(x, n, NAME(maximum)(x, n));
     for (size_t i = 0; i < n; i++) x[i] = x[i] / sum;
 }
 
-KERNEL void NAME(swiglu)(float *out, const float *gate_up) {
-    const half ones = (half){0} + 1;
+TARGET static void NAME(swiglu)(float *out, const float *gate_up) {
+    const singles ones = (singles){0} + 1;
     for (size_t i = 0; i < PANEL_ROWS; i += LANES / 2) {
-        half h = LOAD(half, gate_up + i), up = LOAD(half, gate_up + PANEL_ROWS + i);
-        STORE(half, out + i, (h * (ones / (ones + NAME(exp_half)(-h)))) * up);
+        singles h = LOAD(singles, gate_up + i), up = LOAD(singles, gate_up + PANEL_ROWS + i);
+        STORE(singles, out + i, (h * (ones / (ones + NAME(exp_singles)(-h)))) * up);
     }
 }
 
 // Compilers turn these loops into vector instructions. roundf(t) is the integer part of |t| + the
 // greatest float below 0.5, with the sign of t: 0.5 itself would carry 0.49999997 up to 1.
-KERNEL void NAME(quantize)(QuantizedActivations *out, size_t token, const float *x) {
+TARGET static void NAME(quantize)(QuantizedActivations *out, size_t token, const float *x) {
     size_t groups = out->width / GROUP;
     int8_t *q = out->q + token * out->width;
     for (size_t g = token * groups; g < (token + 1) * groups; g++, x += GROUP, q += GROUP) {
@@ -1751,7 +1750,7 @@ KERNEL void NAME(quantize)(QuantizedActivations *out, size_t token, const float 
             q[i] = (int8_t)copysignf(magnitude, t);
             sum += q[i];
         }
-        out->sum[g] = 128 * sum;
+        out->correction[g] = 128 * sum;
     }
 }
 
@@ -1779,13 +1778,14 @@ INLINE void NAME(score_block)(float *out, size_t stride, const float *q, const s
             STORE(floats, out + head * stride + v * LANES, sum[head][v] / root);
 }
 
-KERNEL void NAME(score)(float *out, size_t stride, const float *q, size_t heads, size_t head_size,
-                        const float *keys, size_t kv_len, size_t ahead) {
+TARGET static void NAME(score)(float *out, size_t stride, const float *q, size_t heads,
+                               size_t head_size, const float *keys, size_t kv_len, size_t ahead) {
     enum { TOGETHER = LANES / 4 };
     for (size_t t = 0; t < kv_len; t += KEY_BLOCK, keys += KEY_BLOCK * head_size)
         for (size_t head = 0; head < heads; head += TOGETHER) {
             float *to = out + head * stride + t;
             const float *first = q + head * head_size;
+            // With a constant number of heads, the compiler keeps their sums in registers.
             switch (min_size(heads - head, TOGETHER)) {
             case 1: NAME(score_block)(to, stride, first, 1, head_size, keys, ahead); break;
             case 2: NAME(score_block)(to, stride, first, 2, head_size, keys, ahead); break;
@@ -1796,13 +1796,13 @@ KERNEL void NAME(score)(float *out, size_t stride, const float *q, size_t heads,
 }
 
 // Vectors of dimensions that go together: 64 dimensions, or 32 in the smallest registers.
-#define MIX_VECTORS (LANES == 16 ? 4 : 8)
+#define SUM_VECTORS (LANES == 16 ? 4 : 8)
 
-// mix() for a block of positions and some vectors of dimensions.
-INLINE void NAME(mix_vectors)(float *out, const float *weight, size_t stride, const size_t heads,
+// weighted_sum() for a block of positions and some vectors of dimensions.
+INLINE void NAME(sum_vectors)(float *out, const float *weight, size_t stride, const size_t heads,
                               size_t head_size, const float *values, size_t kv_len, size_t ahead,
                               const size_t vectors) {
-    floats sum[MAX_TOGETHER][MIX_VECTORS];
+    floats sum[MAX_TOGETHER][SUM_VECTORS];
     for (size_t head = 0; head < heads; head++)
         for (size_t v = 0; v < vectors; v++)
             sum[head][v] = LOAD(floats, out + head * head_size + v * LANES);
@@ -1818,14 +1818,14 @@ INLINE void NAME(mix_vectors)(float *out, const float *weight, size_t stride, co
             STORE(floats, out + head * head_size + v * LANES, sum[head][v]);
 }
 
-INLINE void NAME(mix_block)(float *out, const float *weight, size_t stride, const size_t heads,
+INLINE void NAME(sum_block)(float *out, const float *weight, size_t stride, const size_t heads,
                             size_t head_size, const float *values, size_t n, size_t ahead) {
-    const size_t all = MIX_VECTORS;
+    const size_t all = SUM_VECTORS;
     size_t i = 0;
     for (; i + all * LANES <= head_size; i += all * LANES)
-        NAME(mix_vectors)(out + i, weight, stride, heads, head_size, values + i, n, ahead, all);
+        NAME(sum_vectors)(out + i, weight, stride, heads, head_size, values + i, n, ahead, all);
     for (; i + LANES <= head_size; i += LANES)
-        NAME(mix_vectors)(out + i, weight, stride, heads, head_size, values + i, n, ahead, 1);
+        NAME(sum_vectors)(out + i, weight, stride, heads, head_size, values + i, n, ahead, 1);
     for (; i < head_size; i++)
         for (size_t head = 0; head < heads; head++) {
             float *sum = &out[head * head_size + i];
@@ -1834,19 +1834,20 @@ INLINE void NAME(mix_block)(float *out, const float *weight, size_t stride, cons
         }
 }
 
-KERNEL void NAME(mix)(float *out, const float *weight, size_t stride, size_t heads,
-                      size_t head_size, const float *values, size_t kv_len, size_t ahead) {
+TARGET static void NAME(weighted_sum)(float *out, const float *weight, size_t stride, size_t heads,
+                                      size_t head_size, const float *values, size_t kv_len,
+                                      size_t ahead) {
     enum { TOGETHER = LANES == 16 ? 4 : 1 };
     for (size_t t = 0; t < kv_len; t += KEY_BLOCK, values += KEY_BLOCK * head_size)
         for (size_t head = 0; head < heads; head += TOGETHER) {
             float *to = out + head * head_size;
             const float *first = weight + head * stride + t;
             size_t n = min_size(kv_len - t, KEY_BLOCK);
-            switch (min_size(heads - head, TOGETHER)) {
-            case 1: NAME(mix_block)(to, first, stride, 1, head_size, values, n, ahead); break;
-            case 2: NAME(mix_block)(to, first, stride, 2, head_size, values, n, ahead); break;
-            case 3: NAME(mix_block)(to, first, stride, 3, head_size, values, n, ahead); break;
-            case 4: NAME(mix_block)(to, first, stride, 4, head_size, values, n, ahead); break;
+            switch (min_size(heads - head, TOGETHER)) { // constants, as in score()
+            case 1: NAME(sum_block)(to, first, stride, 1, head_size, values, n, ahead); break;
+            case 2: NAME(sum_block)(to, first, stride, 2, head_size, values, n, ahead); break;
+            case 3: NAME(sum_block)(to, first, stride, 3, head_size, values, n, ahead); break;
+            case 4: NAME(sum_block)(to, first, stride, 4, head_size, values, n, ahead); break;
             }
         }
 }
@@ -1891,7 +1892,7 @@ INLINE void NAME(add_group)(NAME(Sums) * sum, const Panel *const *panel, const s
     ints dot[TILE_TOKENS][STREAMS * PANEL_VECTORS];
     for (size_t t = 0; t < tokens; t++) // zero-point correction: unsigned weights are 128 greater
         for (size_t v = 0; v < vectors; v++)
-            dot[t][v] = (ints){0} - (UNSIGNED_WEIGHTS ? x->sum[at + t * groups] : 0);
+            dot[t][v] = (ints){0} - (UNSIGNED_WEIGHTS ? x->correction[at + t * groups] : 0);
 #if defined(DOT4) && defined(__aarch64__) && !defined(__clang__)
 #pragma GCC unroll 4 // or GCC copies each sum from register to register twice in a step
 #endif
@@ -1940,8 +1941,8 @@ INLINE void NAME(multiply_tile)(float *out, const QuantizedTensor *w, size_t row
         }
 }
 
-KERNEL void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, Range rows,
-                              const QuantizedActivations *x) {
+TARGET static void NAME(mat_vec_mul)(float *out, const QuantizedTensor *w, Range rows,
+                                     const QuantizedActivations *x) {
     size_t row = rows.first;
     for (; row + STREAM_ROWS <= rows.end; row += STREAM_ROWS)
         NAME(multiply_tile)(out, w, row, STREAMS, x, 0, 1);
@@ -1954,7 +1955,7 @@ INLINE void NAME(multiply_panels)(float *out, const QuantizedTensor *w, size_t r
     size_t token = 0;
     for (; token + TILE_TOKENS <= n; token += TILE_TOKENS)
         NAME(multiply_tile)(out, w, row, panels, x, token, TILE_TOKENS);
-    switch (n - token) {
+    switch (n - token) { // constants, see multiply_tile()
     case 1: NAME(multiply_tile)(out, w, row, panels, x, token, 1); break;
     case 2: NAME(multiply_tile)(out, w, row, panels, x, token, 2); break;
     case 3: NAME(multiply_tile)(out, w, row, panels, x, token, 3); break;
@@ -1969,8 +1970,8 @@ INLINE void NAME(multiply_panels)(float *out, const QuantizedTensor *w, size_t r
 // go over the weights of a tile again and again, so these must stay in the L1 cache: then a tile
 // has only the panels that are multiplied together. (With STREAMS panels a prompt of 128 tokens
 // takes 1.02 of the time, a pass of 32 the same; AVX2.)
-KERNEL void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, Range rows,
-                              const QuantizedActivations *x, size_t n) {
+TARGET static void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, Range rows,
+                                     const QuantizedActivations *x, size_t n) {
     const size_t joint = NAME(joint_panels)(STREAMS, TILE_TOKENS);
     size_t row = rows.first;
     for (; n <= FEW_TOKENS && row + STREAM_ROWS <= rows.end; row += STREAM_ROWS)
@@ -1988,7 +1989,7 @@ static const Kernels NAME(kernels) = {
     .mat_vec_mul = NAME(mat_vec_mul),
     .mat_mat_mul = NAME(mat_mat_mul),
     .score = NAME(score),
-    .mix = NAME(mix),
+    .weighted_sum = NAME(weighted_sum),
     .softmax = NAME(softmax),
     .swiglu = NAME(swiglu),
     .exp_minus = NAME(exp_minus),

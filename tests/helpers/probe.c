@@ -181,7 +181,7 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
     QuantizedActivations a = {.width = (size_t)cols,
                               .q = oracle_alloc(tokens * (size_t)cols, 1),
                               .s = oracle_alloc(tokens * groups, sizeof(float)),
-                              .sum = oracle_alloc(tokens * groups, sizeof(int32_t))};
+                              .correction = oracle_alloc(tokens * groups, sizeof(int32_t))};
     float *out = random_floats(tokens * (size_t)rows, 7, 8),
           *expected = oracle_alloc(tokens * (size_t)rows, 4);
     memcpy(expected, out,
@@ -203,7 +203,7 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
     expect_same(n == 1 ? "mat_vec_mul" : "mat_mat_mul", out, expected,
                 tokens * (size_t)rows * sizeof(float));
     free(memory.start);
-    free(q), free(s), free(x), free(a.q), free(a.s), free(a.sum), free(out), free(expected),
+    free(q), free(s), free(x), free(a.q), free(a.s), free(a.correction), free(out), free(expected),
         free(xq), free(xs);
 }
 
@@ -229,12 +229,13 @@ static void check_attention(const Kernels *kernels, int heads, int head_size, in
     kernels->score(att + piece, stride, q, heads, head_size, later_keys, times - piece, ahead);
     for (size_t head = 0; head < (size_t)heads; head++)
         kernels->softmax(att + head * stride, times);
-    kernels->mix(out, att, stride, heads, head_size, values, piece, ahead);
-    kernels->mix(out, att + piece, stride, heads, head_size, later_values, times - piece, ahead);
+    kernels->weighted_sum(out, att, stride, heads, head_size, values, piece, ahead);
+    kernels->weighted_sum(out, att + piece, stride, heads, head_size, later_values, times - piece,
+                          ahead);
     for (size_t head = 0; head < (size_t)heads; head++) {
         oracle_attention(expected, q + head * hs, k, hs, values, hs, times, head_size, weights);
         expect_same("score and softmax", att + head * stride, weights, (size_t)times * 4);
-        expect_same("mix", out + head * hs, expected, hs * 4);
+        expect_same("weighted_sum", out + head * hs, expected, hs * 4);
     }
     free(q), free(k), free(values), free(keys), free(att), free(out), free(expected), free(weights);
 }
@@ -245,7 +246,7 @@ static void check_rounding(const Kernels *kernels) {
     int8_t q[GROUP], expected[GROUP];
     float s[1], scale[1];
     int32_t sum[1];
-    QuantizedActivations a = {.width = GROUP, .q = q, .s = s, .sum = sum};
+    QuantizedActivations a = {.width = GROUP, .q = q, .s = s, .correction = sum};
     for (uint32_t bits = 0; bits <= 0x42FE0000; bits += 37 * (GROUP - 1)) { // up to 127
         x[0] = 127;
         for (uint32_t i = 1; i < GROUP; i++) {
