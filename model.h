@@ -1995,10 +1995,32 @@ static const Kernels NAME(kernels) = {
     .exp_minus = NAME(exp_minus),
 };
 
-// The other macros are the same for every instruction set.
+// The next table defines these names anew, and the rest of the program may use them.
 #undef ISA
 #undef LANES
 #undef TARGET
 #undef DOT4
 #undef UNSIGNED_WEIGHTS
+#undef JOIN
+#undef NAMED
+#undef NAME
+#undef INLINE
+#undef VECTOR
+#undef floats
+#undef ints
+#undef shorts
+#undef singles
+#undef doubles
+#undef longs
+#undef LOAD
+#undef STORE
+#undef SELECT
+#undef MAX_TOGETHER
+#undef LINE_FLOATS
+#undef SUM_VECTORS
+#undef MAX_SUMS
+#undef TILE_TOKENS
+#undef PANEL_VECTORS
+#undef TEXT
+#undef QUOTED
 #endif // MODEL_H
