@@ -61,7 +61,8 @@
 //
 // model.bin is llama2.c's int8 "version 2", little endian:
 //
-//   header   256 bytes: see Config
+//   header   256 bytes: uint32 magic, int32 version, the seven int32 of Config in their order,
+//            uint8 shared_classifier, int32 group_size, zeros
 //   float32  rms_att_weight[layer][dim], rms_ffn_weight[layer][dim], rms_final_weight[dim]
 //   tensors  embedding[vocab][dim]; wq of every layer, then wk of every layer, wv, wo, w1, w2, w3;
 //            the classifier[vocab][dim] unless it shares the embedding's weights
@@ -73,18 +74,15 @@
 #define MODEL_VERSION 2
 #define GROUP 64 // weights or activations that share a scale
 
-typedef struct __attribute__((packed, aligned(4))) {
-    uint32_t magic;
-    int32_t version;
+#define HEADER_SIZE 256
+
+typedef struct {
+    // as in the header
     int32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len;
-    uint8_t shared_classifier; // 0: the classifier has weights of its own
-    int32_t group_size;        // not aligned
-    uint8_t zeros[215];        // the header ends here
+    bool shared_classifier; // false: the classifier has weights of its own
+    // derived from them
     int32_t head_size, kv_dim; // dim / n_heads, n_kv_heads * head_size
 } Config;
-
-#define HEADER_SIZE 256
-_Static_assert(offsetof(Config, head_size) == HEADER_SIZE, "what is read from the file");
 
 // Limits on a hostile header; within them no size below can overflow.
 #define MAX_WIDTH 32768 // of dim and hidden_dim
@@ -123,10 +121,12 @@ static Panel *panels_of(const QuantizedTensor *w, size_t row) {
     return w->panels + (stream * stream_length(w->rows) + number / STREAMS) * (w->cols / GROUP);
 }
 
-// Memory that is reserved as a whole, see reserve_memory().
+// Memory that is reserved as a whole and then handed out in pieces, see reserve_memory(). 64 bits
+// hold the size of any model, also where size_t has 32.
 typedef struct {
-    char *start;
-    uint64_t size; // bytes; 64 bits hold the size of any model, also where size_t has 32
+    char *start;    // NULL until it is reserved
+    uint64_t size;  // bytes that are reserved
+    uint64_t taken; // bytes that the pieces so far need
 } Memory;
 
 // Matrices that have the same input are one tensor.
@@ -433,14 +433,21 @@ static uint64_t expected_file_size(const Config *c) {
 // reporting why.
 static int read_header(Config *c, ModelFile *file) {
     const char *path = file->path;
-    read_bytes(file, c, HEADER_SIZE);
+    char header[HEADER_SIZE];
+    uint32_t magic;
+    int32_t version, group_size;
+    read_bytes(file, header, HEADER_SIZE);
     if (file->failed) return -1;
-    if (c->magic != MODEL_MAGIC)
-        return refuse_file(path, "not a model (the magic number is wrong)");
-    if (c->version != MODEL_VERSION)
-        return refuse_file(path, "format version %d, expected 2 (int8)", c->version);
-    if (c->group_size != GROUP)
-        return refuse_file(path, "groups of %d weights, expected 64", c->group_size);
+    memcpy(&magic, header, 4);
+    memcpy(&version, header + 4, 4);
+    memcpy(c, header + 8, 7 * 4);
+    c->shared_classifier = header[36] != 0;
+    memcpy(&group_size, header + 37, 4);
+    if (magic != MODEL_MAGIC) return refuse_file(path, "not a model (the magic number is wrong)");
+    if (version != MODEL_VERSION)
+        return refuse_file(path, "format version %d, expected 2 (int8)", version);
+    if (group_size != GROUP)
+        return refuse_file(path, "groups of %d weights, expected 64", group_size);
     if (c->dim < GROUP || c->dim > MAX_WIDTH || c->dim % GROUP != 0 || c->hidden_dim < GROUP ||
         c->hidden_dim > MAX_WIDTH || c->hidden_dim % GROUP != 0)
         return refuse_file(path, "dim %d and hidden_dim %d, expected multiples of 64 up to %d",
@@ -462,26 +469,28 @@ static int read_header(Config *c, ModelFile *file) {
     return 0;
 }
 
-// A layout function runs twice. At first `start` is NULL: take_memory() only adds up the sizes and
-// returns NULL. Then reserve_memory() gets that many bytes, which are zero, and sets the size to 0,
-// and the second run takes the pieces.
+// A layout function runs twice. At first nothing is reserved: take_memory() returns NULL and adds
+// up the sizes. Then reserve_memory() gets that many bytes, and the second run hands out the
+// pieces.
 
-// Returns 0, or -1 after reporting that there is not enough memory. The flags are mmap(2)'s:
-// MAP_NORESERVE for memory most of which is never written or resident.
+// Reserves the memory that the first run has added up; it is zero. Returns 0, or -1 after reporting
+// that there is not enough. The flags are mmap(2)'s: MAP_NORESERVE for memory most of which is
+// never written or resident.
 static int reserve_memory(Memory *memory, const char *path, const char *what, int flags) {
-    flags |= MAP_PRIVATE | MAP_ANONYMOUS;
+    uint64_t size = memory->taken;
     void *start = MAP_FAILED;
-    if (memory->size <= SIZE_MAX / 2)
-        start = mmap(NULL, (size_t)memory->size, PROT_READ | PROT_WRITE, flags, -1, 0);
-    if (start == MAP_FAILED) return refuse_for_memory(path, what, memory->size);
-    *memory = (Memory){.start = start};
+    flags |= MAP_PRIVATE | MAP_ANONYMOUS;
+    if (size <= SIZE_MAX / 2)
+        start = mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (start == MAP_FAILED) return refuse_for_memory(path, what, size);
+    *memory = (Memory){.start = start, .size = size};
     return 0;
 }
 
 // Takes the next 64-byte aligned piece: `count` items of `size` bytes.
 static void *take_memory(Memory *memory, uint64_t count, size_t size) {
-    void *piece = memory->start ? memory->start + memory->size : NULL;
-    memory->size += (count * size + 63) & ~(uint64_t)63;
+    void *piece = memory->start ? memory->start + memory->taken : NULL;
+    memory->taken += (count * size + 63) & ~(uint64_t)63;
     return piece;
 }
 
@@ -515,25 +524,26 @@ static void lay_out_weights(Weights *w, const Config *c) {
     w->rms_final_weight = take_floats(memory, dim);
 }
 
-// Reads a tensor of `rows` rows from the file into w: row r becomes row
-// start + r + r / PANEL_ROWS * skip. With a skip of PANEL_ROWS it fills every second panel.
-static void read_tensor(ModelFile *file, QuantizedTensor *w, size_t start, size_t skip,
+// Reads a matrix of `rows` rows from the file into w. Its rows follow first_row, and of the panels
+// from there on they fill every panel_step-th: all, or with 2 every second one.
+static void read_tensor(ModelFile *file, QuantizedTensor *w, size_t first_row, size_t panel_step,
                         size_t rows) {
-    size_t groups = w->cols / GROUP;
     int8_t q[MAX_WIDTH];
     float s[MAX_WIDTH / GROUP];
+    size_t skipped = (panel_step - 1) * PANEL_ROWS; // rows after each panel that is filled
     for (size_t r = 0; r < rows && !file->failed; r++) {
-        size_t row = start + r + r / PANEL_ROWS * skip;
+        size_t row = first_row + r + r / PANEL_ROWS * skipped;
         Panel *panel = panels_of(w, row);
         read_bytes(file, q, w->cols);
         for (size_t i = 0; i < w->cols; i += 4)
             memcpy(panel[i / GROUP].q[i % GROUP / 4][row % PANEL_ROWS], q + i, 4);
     }
     for (size_t r = 0; r < rows && !file->failed; r++) {
-        size_t row = start + r + r / PANEL_ROWS * skip;
+        size_t row = first_row + r + r / PANEL_ROWS * skipped;
         Panel *panel = panels_of(w, row);
-        read_bytes(file, s, groups * sizeof(float));
-        for (size_t group = 0; group < groups; group++) panel[group].s[row % PANEL_ROWS] = s[group];
+        read_bytes(file, s, w->cols / GROUP * sizeof(float));
+        for (size_t group = 0; group < w->cols / GROUP; group++)
+            panel[group].s[row % PANEL_ROWS] = s[group];
     }
 }
 
@@ -544,16 +554,16 @@ static void read_weights(ModelFile *file, Weights *w, const Config *c) {
     read_bytes(file, w->rms_ffn_weight, layers * dim * sizeof(float));
     read_bytes(file, w->rms_final_weight, dim * sizeof(float));
     Layer *end = w->layers + layers;
-    read_tensor(file, &w->embedding, 0, 0, c->vocab_size);
-    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wqkv, 0, 0, dim);
-    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wqkv, dim, 0, kv_dim);
-    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wqkv, dim + kv_dim, 0, kv_dim);
-    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wo, 0, 0, dim);
-    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->w13, 0, PANEL_ROWS, hidden_dim);
-    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->w2, 0, 0, dim);
+    read_tensor(file, &w->embedding, 0, 1, c->vocab_size);
+    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wqkv, 0, 1, dim);
+    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wqkv, dim, 1, kv_dim);
+    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wqkv, dim + kv_dim, 1, kv_dim);
+    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wo, 0, 1, dim);
+    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->w13, 0, 2, hidden_dim); // w1
+    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->w2, 0, 1, dim);
     for (Layer *l = w->layers; l < end; l++)
-        read_tensor(file, &l->w13, PANEL_ROWS, PANEL_ROWS, hidden_dim);
-    if (!c->shared_classifier) read_tensor(file, &w->classifier, 0, 0, c->vocab_size);
+        read_tensor(file, &l->w13, PANEL_ROWS, 2, hidden_dim); // w3
+    if (!c->shared_classifier) read_tensor(file, &w->classifier, 0, 1, c->vocab_size);
 }
 
 static QuantizedActivations take_activations(Memory *memory, size_t tokens, size_t width) {

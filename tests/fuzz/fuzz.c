@@ -57,10 +57,12 @@ static float *random_floats(uint64_t *random, float *to, size_t count, float lim
 static void write_model(const Config *c, uint64_t seed, float limit) {
     uint64_t random = seed + 1;
     size_t size = expected_file_size(c);
-    Config header = *c;
-    header.magic = MODEL_MAGIC, header.version = MODEL_VERSION, header.group_size = GROUP;
+    const int32_t start[] = {MODEL_MAGIC, MODEL_VERSION}, group_size = GROUP;
     char *model = calloc(1, size);
-    memcpy(model, &header, HEADER_SIZE);
+    memcpy(model, start, 8);
+    memcpy(model + 8, c, 7 * 4);
+    model[36] = c->shared_classifier;
+    memcpy(model + 37, &group_size, 4);
     float *end = random_floats(&random, (float *)(model + HEADER_SIZE),
                                (2 * (size_t)c->n_layers + 1) * c->dim, 2);
     size_t dim = c->dim, kv_dim = c->kv_dim, hidden_dim = c->hidden_dim, layers = c->n_layers;

@@ -169,14 +169,14 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
     if (random_below(2)) x[cols - 1] = 1e4f;                  // and one with an outlier
     Memory memory = {0};
     take_tensor(&memory, (size_t)rows, (size_t)cols); // counts
-    memory = (Memory){.start = oracle_alloc(memory.size, 1)};
+    memory = (Memory){.start = oracle_alloc(memory.taken, 1)};
     QuantizedTensor w = take_tensor(&memory, (size_t)rows, (size_t)cols);
     // The matrix goes through a file, as a model's do.
     ModelFile file = {.path = "matrix", .stream = tmpfile()};
     fwrite(q, 1, weights, file.stream);
     fwrite(s, sizeof(float), weights / GROUP, file.stream);
     rewind(file.stream);
-    read_tensor(&file, &w, 0, 0, (size_t)rows);
+    read_tensor(&file, &w, 0, 1, (size_t)rows);
     fclose(file.stream);
     QuantizedActivations a = {.width = (size_t)cols,
                               .q = oracle_alloc(tokens * (size_t)cols, 1),
