@@ -2,22 +2,15 @@
 //
 //     ./inference [options] <seed> ["prompt" ...]
 //
-// common.h has its protocol with the front end, model.h all that it computes. This file assigns the
-// work: its only worker claims all pieces of a step at once.
+// common.h has its protocol with the front end, model.h all that it computes. Here a step of the
+// forward pass is a single call.
 #define _GNU_SOURCE
 #include "common.h"
 #include "model.h"
 
-static bool claim(int worker, size_t count, size_t piece_size, Range *piece) {
-    (void)worker, (void)piece_size;
-    if (piece->end == count) return false;
-    *piece = (Range){0, count};
-    return true;
-}
-
-static void run_pass(Pass *pass) {
-    pass->workers = 1;
-    forward_steps(pass, 0);
+static void parallel_for(Step *step, const void *args, size_t count, size_t piece_size) {
+    (void)piece_size;
+    step(args, (Range){0, count, 0});
 }
 
 #define USAGE                                                                                      \

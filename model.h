@@ -3,7 +3,7 @@
 //   1  Format          what model.bin holds, and the panels that the kernels read
 //   2  Kernels         the innermost loops, one table of them for each instruction set
 //   3  Transformer     loading and memory
-//   4  Forward pass    tokens to logits, shared out among workers
+//   4  Forward pass    tokens to logits
 //   5  Tokenizer       text to tokens
 //   6  Sampler         logits to a token
 //   7  Generation      one turn of the chat: prompt in, reply out
@@ -16,8 +16,8 @@
 // a matrix, the positions of attention scores, the dimensions of attention values), never along a
 // sum. Only the integer sums inside a group of 64 weights are reordered, and those are exact.
 //
-// An engine (inference.c, parallel.c) includes this file and assigns the work to its workers: see
-// section 4.
+// An engine (inference.c, parallel.c) includes this file and defines parallel_for(), which is all
+// that the engines differ in: see section 4.
 #ifndef MODEL_H
 #define MODEL_H
 
@@ -133,7 +133,7 @@ typedef struct {
 typedef struct {
     QuantizedTensor wqkv; // [dim + 2 * kv_dim][dim]: the rows of wq, then of wk, then of wv
     QuantizedTensor wo;   // [dim][dim]
-    QuantizedTensor w13;  // [2 * hidden_dim][dim]: panels of w1 (gate) and w3 (up) in turn
+    QuantizedTensor w13;  // [2 * hidden_dim][dim]: the rows of w1 (gate), then of w3 (up)
     QuantizedTensor w2;   // [dim][hidden_dim], down
 } Layer;
 
@@ -153,8 +153,10 @@ typedef struct {
     int32_t *correction; // [token][width / GROUP], 128 * the sum of the group's q: see add_group()
 } QuantizedActivations;
 
+// Some items of a loop, and who does them.
 typedef struct {
     size_t first, end; // first <= i < end
+    int worker;        // 0..MAX_THREADS - 1, see parallel_for()
 } Range;
 
 static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
@@ -204,9 +206,9 @@ typedef struct {
     // the sum.
     void (*softmax)(float *x, size_t n);
 
-    // out[i] = silu(gate_up[i]) * gate_up[PANEL_ROWS + i] for the rows of a panel,
+    // out[i] = silu(gate[i]) * up[i] for n values, a multiple of PANEL_ROWS;
     // silu(h) = h * (1 / (1 + exp(-h)))
-    void (*swiglu)(float *out, const float *gate_up);
+    void (*swiglu)(float *out, const float *gate, const float *up, size_t n);
 
     // x[i] = e to the power of x[i] - shift, by the definition of section 9, not by libm's expf.
     // Returns the sum in index order. A part of softmax; in the table for the tests.
@@ -345,23 +347,21 @@ static size_t choose_kv_ahead(void) {
 #define MAX_BATCH 128 // tokens of one pass: a matrix's quantized input stays in the L2 cache
 #define NORM_ROWS 4   // rows that rmsnorm() sums side by side
 
-// What a pass works on. An array of MAX_THREADS has one item for each worker, which alone uses it.
+// What a pass computes.
 typedef struct {
-    float *x;                    // [MAX_BATCH][dim], the residual stream
-    float *qkv;                  // [MAX_BATCH][dim + 2 * kv_dim], queries, keys, values
-    float *xb;                   // [MAX_BATCH][dim], the output of attention
-    float *xb2;                  // [MAX_BATCH][dim], what a block adds to x
-    float *gate_up;              // [MAX_BATCH][2 * hidden_dim], in turn as the rows of w13
-    float *hb;                   // [MAX_BATCH][hidden_dim], the output of SwiGLU
-    float *rope;                 // [MAX_BATCH][head_size / 2][cos, sin]
-    float *logits;               // [MAX_BATCH][vocab_size], the first `wanted` of a pass
-    QuantizedActivations shared; // input of a matrix: several tokens
-    QuantizedActivations own[MAX_THREADS]; // input of a matrix: a single token
-    float *normed[MAX_THREADS];            // [NORM_ROWS][dim], between rmsnorm() and quantize()
-    float *att[MAX_THREADS];               // [n_heads / n_kv_heads][max_kv_len]
-    float *kv_cache;                       // see kv_block()
-    size_t max_kv_len;                     // positions that the KV cache has room for
-    Memory memory;                         // holds all of them
+    float *x;                   // [MAX_BATCH][dim], the residual stream
+    float *xb;                  // [MAX_BATCH][dim], the output of rmsnorm and of attention
+    float *xb2;                 // [MAX_BATCH][dim], what a block adds to x
+    float *qkv;                 // [MAX_BATCH][dim + 2 * kv_dim], queries, keys, values
+    float *gate_up;             // [MAX_BATCH][2 * hidden_dim], the outputs of w1 and w3
+    float *hb;                  // [MAX_BATCH][hidden_dim], the output of SwiGLU
+    float *rope;                // [MAX_BATCH][head_size / 2][cos, sin]
+    float *logits;              // [MAX_BATCH][vocab_size], of the last tokens of a pass
+    QuantizedActivations input; // [MAX_BATCH][dim or hidden_dim], of a matrix
+    float *att[MAX_THREADS];    // [n_heads / n_kv_heads][max_kv_len], of each worker
+    float *kv_cache;            // see kv_block()
+    size_t max_kv_len;          // positions that the KV cache has room for
+    Memory memory;              // holds all of them
 } State;
 
 typedef struct {
@@ -524,26 +524,20 @@ static void lay_out_weights(Weights *w, const Config *c) {
     w->rms_final_weight = take_floats(memory, dim);
 }
 
-// Reads a matrix of `rows` rows from the file into w. Its rows follow first_row, and of the panels
-// from there on they fill every panel_step-th: all, or with 2 every second one.
-static void read_tensor(ModelFile *file, QuantizedTensor *w, size_t first_row, size_t panel_step,
-                        size_t rows) {
+// Reads a matrix of `rows` rows from the file into the rows of w from `row` on.
+static void read_tensor(ModelFile *file, QuantizedTensor *w, size_t row, size_t rows) {
     int8_t q[MAX_WIDTH];
     float s[MAX_WIDTH / GROUP];
-    size_t skipped = (panel_step - 1) * PANEL_ROWS; // rows after each panel that is filled
-    for (size_t r = 0; r < rows && !file->failed; r++) {
-        size_t row = first_row + r + r / PANEL_ROWS * skipped;
-        Panel *panel = panels_of(w, row);
+    for (size_t r = row; r < row + rows && !file->failed; r++) {
+        Panel *panel = panels_of(w, r);
         read_bytes(file, q, w->cols);
         for (size_t i = 0; i < w->cols; i += 4)
-            memcpy(panel[i / GROUP].q[i % GROUP / 4][row % PANEL_ROWS], q + i, 4);
+            memcpy(panel[i / GROUP].q[i % GROUP / 4][r % PANEL_ROWS], q + i, 4);
     }
-    for (size_t r = 0; r < rows && !file->failed; r++) {
-        size_t row = first_row + r + r / PANEL_ROWS * skipped;
-        Panel *panel = panels_of(w, row);
+    for (size_t r = row; r < row + rows && !file->failed; r++) {
+        Panel *panel = panels_of(w, r);
         read_bytes(file, s, w->cols / GROUP * sizeof(float));
-        for (size_t group = 0; group < w->cols / GROUP; group++)
-            panel[group].s[row % PANEL_ROWS] = s[group];
+        for (size_t i = 0; i < w->cols / GROUP; i++) panel[i].s[r % PANEL_ROWS] = s[i];
     }
 }
 
@@ -554,16 +548,15 @@ static void read_weights(ModelFile *file, Weights *w, const Config *c) {
     read_bytes(file, w->rms_ffn_weight, layers * dim * sizeof(float));
     read_bytes(file, w->rms_final_weight, dim * sizeof(float));
     Layer *end = w->layers + layers;
-    read_tensor(file, &w->embedding, 0, 1, c->vocab_size);
-    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wqkv, 0, 1, dim);
-    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wqkv, dim, 1, kv_dim);
-    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wqkv, dim + kv_dim, 1, kv_dim);
-    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wo, 0, 1, dim);
-    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->w13, 0, 2, hidden_dim); // w1
-    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->w2, 0, 1, dim);
-    for (Layer *l = w->layers; l < end; l++)
-        read_tensor(file, &l->w13, PANEL_ROWS, 2, hidden_dim); // w3
-    if (!c->shared_classifier) read_tensor(file, &w->classifier, 0, 1, c->vocab_size);
+    read_tensor(file, &w->embedding, 0, c->vocab_size);
+    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wqkv, 0, dim);
+    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wqkv, dim, kv_dim);
+    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wqkv, dim + kv_dim, kv_dim);
+    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->wo, 0, dim);
+    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->w13, 0, hidden_dim);
+    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->w2, 0, dim);
+    for (Layer *l = w->layers; l < end; l++) read_tensor(file, &l->w13, hidden_dim, hidden_dim);
+    if (!c->shared_classifier) read_tensor(file, &w->classifier, 0, c->vocab_size);
 }
 
 static QuantizedActivations take_activations(Memory *memory, size_t tokens, size_t width) {
@@ -603,12 +596,9 @@ static void lay_out_state(State *s, const Config *c) {
     s->gate_up = take_floats(memory, MAX_BATCH * 2 * hidden_dim);
     s->hb = take_floats(memory, MAX_BATCH * hidden_dim);
     s->rope = take_floats(memory, MAX_BATCH * (size_t)c->head_size);
-    s->shared = take_activations(memory, MAX_BATCH, widest);
-    for (int worker = 0; worker < MAX_THREADS; worker++) {
-        s->own[worker] = take_activations(memory, 1, widest);
-        s->normed[worker] = take_floats(memory, NORM_ROWS * dim);
+    s->input = take_activations(memory, MAX_BATCH, widest);
+    for (int worker = 0; worker < MAX_THREADS; worker++)
         s->att[worker] = take_floats(memory, (uint64_t)heads_per_kv_head * s->max_kv_len);
-    }
     s->logits = take_floats(memory, MAX_BATCH * (size_t)c->vocab_size);
 }
 
@@ -658,35 +648,32 @@ static int build_transformer(Transformer *t, const char *path) {
 // ------------------------------------------------------------------------------------------------
 // 4  Forward pass: tokens to logits
 //
-// A pass takes n tokens at consecutive positions through all layers and reads each weight once for
-// all of them: one token when decoding, many in prefill. It is a fixed sequence of steps, each a
-// loop over pieces that do not depend on each other: rows of a matrix, heads, tokens. All workers
-// of the engine walk through the same sequence, in forward_steps(). A step is written as
+// Each token has a vector of dim floats, its residual stream x: at first the token's row of the
+// embedding, to which each layer adds the outputs of an attention block and of a feed-forward
+// block. The classifier turns the last x into logits: a number for each token of the vocabulary,
+// the greater the likelier it comes next. Only attention looks at other tokens, at those before;
+// the KV cache keeps what it needs of them, so that later passes do not compute them again.
 //
-//     for (Range rows = {0}; claim(worker, count, piece_size, &rows);) compute these rows
+// A pass takes n tokens at consecutive positions and reads each weight once for all of them: many
+// tokens in prefill (of a prompt), a single one in decoding (of a reply). One thread runs
+// forward(). Each loop over tokens, rows or heads in it is a step whose items do not depend on each
+// other, and which parallel_for() shares out among the engine's threads. The ends of the steps (|)
+// are the only barriers:
 //
-// where claim() of the engine assigns each piece to one worker. It is also the barrier between two
-// steps: it returns false when all pieces of the step are done, also those of other workers, so
-// that the next step can rely on the whole result. A worker that comes late goes on to the next
-// step.
+//   embedding |
+//   rmsnorm | quantize | wqkv | RoPE, KV cache | attention | quantize | wo | add |   each layer
+//   rmsnorm | quantize | w13 | SwiGLU | quantize | w2 | add |                        each layer
+//   rmsnorm | quantize | classifier |
+//
+// tests/helpers/oracle.h computes the same in its plainest form, token by token.
 
-typedef struct {
-    Transformer *transformer;
-    const int *tokens;
-    size_t n;      // tokens of this pass, 1..MAX_BATCH
-    size_t pos;    // position of the first
-    size_t wanted; // logits are computed for so many of the last tokens, 0..n
-    int workers;   // of the engine
-} Pass;
+// Does some items of a step.
+typedef void Step(const void *args, Range items);
 
-// Claims the next piece of a step for a worker: `piece_size` of `count` >= 1 items, or fewer at the
-// end. *piece is {0} before the first call of a step and holds the claimed piece afterwards.
-// Returns false when all pieces of the step are done.
-static bool claim(int worker, size_t count, size_t piece_size, Range *piece);
-
-// Sets pass->workers, calls forward_steps(pass, worker) on each worker, and returns when all steps
-// are done.
-static void run_pass(Pass *pass);
+// Calls step(args, items) for all items 0..count - 1, count >= 1, in ranges that begin at multiples
+// of piece_size, perhaps on several threads: calls that run at the same time have different
+// workers. With a piece_size of 0 each worker gets one range. Returns when all items are done.
+static void parallel_for(Step *step, const void *args, size_t count, size_t piece_size);
 
 // cos and sin for the pairs of a head at a position: table[i], table[i + 1], i even. libm's pow,
 // cos and sin are taken in double and rounded once: its float functions differ between machines.
@@ -699,247 +686,230 @@ static void rope_table(float *table, size_t head_size, size_t pos) {
     }
 }
 
-// Rotates the pairs (x[i], x[i + 1]) of n values of a head; table begins with the first pair's.
-static void rope(float *x, const float *table, size_t n) {
-    for (size_t i = 0; i < n; i += 2) {
+typedef struct {
+    const Transformer *t;
+    const int *tokens;
+    size_t pos; // of the first
+} Embed;
+
+// x[token] = the token's row of the embedding, dequantized
+static void embed_tokens(const void *args, Range tokens) {
+    const Embed *e = args;
+    const QuantizedTensor *w = &e->t->weights.embedding;
+    size_t dim = w->cols, head_size = e->t->config.head_size;
+    for (size_t token = tokens.first; token < tokens.end; token++) {
+        size_t row = e->tokens[token], lane = row % PANEL_ROWS;
+        const Panel *panel = panels_of(w, row);
+        float *x = e->t->state.x + token * dim;
+        for (size_t i = 0; i < dim; i++) {
+            const Panel *group = &panel[i / GROUP];
+            x[i] = (float)group->q[i % GROUP / 4][lane][i % 4] * group->s[lane];
+        }
+        rope_table(e->t->state.rope + token * head_size, head_size, e->pos + token);
+    }
+}
+
+static void embed(const Transformer *t, const int *tokens, size_t n, size_t pos) {
+    parallel_for(embed_tokens, &(Embed){t, tokens, pos}, n, 1);
+}
+
+typedef struct {
+    float *out;
+    const float *x, *weight;
+    size_t size;
+} RmsNorm;
+
+// The sum of squares goes in index order, in which each addition waits for the one before, so
+// NORM_ROWS rows are summed side by side.
+static void rmsnorm_rows(const void *args, Range rows) {
+    const RmsNorm *norm = args;
+    size_t size = norm->size;
+    for (size_t first = rows.first, count; first < rows.end; first += count) {
+        count = min_size(rows.end - first, NORM_ROWS);
+        const float *x = norm->x + first * size, *row[NORM_ROWS];
+        float *out = norm->out + first * size, sum[NORM_ROWS] = {0};
+        for (size_t r = 0; r < NORM_ROWS; r++) row[r] = x + (r < count ? r : 0) * size;
+        for (size_t i = 0; i < size; i++)
+            for (size_t r = 0; r < NORM_ROWS; r++) sum[r] = sum[r] + row[r][i] * row[r][i];
+        for (size_t r = 0; r < count; r++, out += size) {
+            float s = 1 / sqrtf(sum[r] / (float)size + 1e-5f);
+            for (size_t i = 0; i < size; i++) out[i] = norm->weight[i] * (s * row[r][i]);
+        }
+    }
+}
+
+// out[token] = weight * x[token] / root mean square of x[token], for n tokens of `size` values.
+static void rmsnorm(float *out, const float *x, const float *weight, size_t size, size_t n) {
+    parallel_for(rmsnorm_rows, &(RmsNorm){out, x, weight, size}, n, NORM_ROWS);
+}
+
+typedef struct {
+    const Kernels *kernels;
+    float *out;
+    const QuantizedTensor *w;
+    const float *x;
+    QuantizedActivations input; // x
+    size_t n;
+} MatMul;
+
+static void quantize_tokens(const void *args, Range tokens) {
+    MatMul m = *(const MatMul *)args;
+    for (size_t token = tokens.first; token < tokens.end; token++)
+        m.kernels->quantize(&m.input, token, m.x + token * m.w->cols);
+}
+
+static void multiply_rows(const void *args, Range rows) {
+    const MatMul *m = args;
+    if (m->n == 1) m->kernels->mat_vec_mul(m->out, m->w, rows, &m->input);
+    else m->kernels->mat_mat_mul(m->out, m->w, rows, &m->input, m->n);
+}
+
+// out[token][row] = w[row] . x[token] for n tokens, x quantized.
+static void mat_mul(const Transformer *t, float *out, const QuantizedTensor *w, const float *x,
+                    size_t n) {
+    MatMul m = {t->kernels, out, w, x, t->state.input, n};
+    m.input.width = w->cols;
+    parallel_for(quantize_tokens, &m, n, NORM_ROWS);
+    parallel_for(multiply_rows, &m, w->rows, 2 * PANEL_ROWS);
+}
+
+// The tokens of a pass in a layer.
+typedef struct {
+    const Transformer *t;
+    size_t layer, pos; // of the first token
+} LayerTokens;
+
+// Rotates the pairs (x[i], x[i + 1]) of a head by the angles of its position.
+static void rotate(float *x, const float *table, size_t head_size) {
+    for (size_t i = 0; i < head_size; i += 2) {
         float a = x[i], b = x[i + 1], c = table[i], s = table[i + 1];
         x[i] = a * c - b * s;
         x[i + 1] = a * s + b * c;
     }
 }
 
-// out = weight * x / root mean square of x, for 1..NORM_ROWS rows of `size`. The sum of squares
-// goes in index order, in which each addition waits for the one before, so the rows are summed side
-// by side.
-static void rmsnorm(float *out, const float *x, const float *weight, size_t size, size_t rows) {
-    const float *row[NORM_ROWS];
-    for (size_t r = 0; r < NORM_ROWS; r++) row[r] = x + (r < rows ? r : 0) * size;
-    float sum[NORM_ROWS] = {0};
-    for (size_t i = 0; i < size; i++)
-        for (size_t r = 0; r < NORM_ROWS; r++) sum[r] = sum[r] + row[r][i] * row[r][i];
-    for (size_t r = 0; r < rows; r++, out += size) {
-        float s = 1 / sqrtf(sum[r] / (float)size + 1e-5f);
-        for (size_t i = 0; i < size; i++) out[i] = weight[i] * (s * row[r][i]);
-    }
-}
-
-// The input of a matrix: n tokens, and q holds them when `quantized` is true.
-typedef struct {
-    const float *x;      // [n][q.width]
-    const float *weight; // [q.width] of the rmsnorm in front of the matrix, or NULL
-    size_t n;
-    bool quantized;
-    QuantizedActivations q;
-} MatrixInput;
-
-// Normalizes and quantizes some of the tokens.
-static void quantize_tokens(const Pass *pass, int worker, MatrixInput *in, Range tokens) {
-    Transformer *t = pass->transformer;
-    for (size_t first = tokens.first; first < tokens.end; first += NORM_ROWS) {
-        size_t rows = min_size(tokens.end - first, NORM_ROWS);
-        const float *values = in->x + first * in->q.width;
-        if (in->weight) {
-            rmsnorm(t->state.normed[worker], values, in->weight, in->q.width, rows);
-            values = t->state.normed[worker];
-        }
-        for (size_t r = 0; r < rows; r++)
-            t->kernels->quantize(&in->q, first + r, values + r * in->q.width);
-    }
-}
-
-// Prepares the input of a matrix. Several tokens are quantized in a step of their own. A single one
-// each worker quantizes for itself, which is cheaper than a barrier: in mat_mul(), when it has
-// claimed rows, as no later step can overwrite x before these rows are done.
-static MatrixInput prepare_input(const Pass *pass, int worker, const float *x, const float *weight,
-                                 size_t width, size_t n) {
-    State *s = &pass->transformer->state;
-    MatrixInput in = {.x = x, .weight = weight, .n = n, .quantized = n > 1};
-    in.q = n > 1 ? s->shared : s->own[worker];
-    in.q.width = width;
-    if (n > 1)
-        for (Range tokens = {0}; claim(worker, n, NORM_ROWS, &tokens);)
-            quantize_tokens(pass, worker, &in, tokens);
-    return in;
-}
-
-// Returns how many rows of a matrix a worker claims at a time: a panel of each stream for few
-// tokens. Many tokens do not need that, and smaller pieces are shared out more evenly (576 rows
-// among 2 workers); but a panel of gates and one of ups in w13 stay together.
-static size_t rows_per_piece(const MatrixInput *in) {
-    return in->n <= FEW_TOKENS ? STREAM_ROWS : 2 * PANEL_ROWS;
-}
-
-// out[token][row] = w[row] . x[token] for the claimed rows
-static void mat_mul(const Pass *pass, int worker, float *out, const QuantizedTensor *w, Range rows,
-                    MatrixInput *in) {
-    const Kernels *kernels = pass->transformer->kernels;
-    if (!in->quantized) {
-        quantize_tokens(pass, worker, in, (Range){0, 1});
-        in->quantized = true;
-    }
-    if (in->n == 1) kernels->mat_vec_mul(out, w, rows, &in->q);
-    else kernels->mat_mat_mul(out, w, rows, &in->q, in->n);
-}
-
-// The end of a block: x[token][row] = x[token][row] + w[row] . input[token]
-static void add_to_residual(const Pass *pass, int worker, const QuantizedTensor *w,
-                            const float *input) {
-    float *x = pass->transformer->state.x, *out = pass->transformer->state.xb2;
-    MatrixInput in = prepare_input(pass, worker, input, NULL, w->cols, pass->n);
-    for (Range rows = {0}; claim(worker, w->rows, rows_per_piece(&in), &rows);) {
-        mat_mul(pass, worker, out, w, rows, &in);
-        for (size_t token = 0; token < pass->n; token++)
-            for (size_t i = token * w->rows + rows.first; i < token * w->rows + rows.end; i++)
-                x[i] = x[i] + out[i];
-    }
-}
-
-// Rotates the queries and keys among the rows of wqkv, and copies the keys and values into the KV
-// cache.
-static void rotate_and_store(const Pass *pass, size_t layer, Range rows) {
-    const Config *c = &pass->transformer->config;
-    const State *s = &pass->transformer->state;
+static void rope_tokens(const void *args, Range tokens) {
+    const LayerTokens *l = args;
+    const Config *c = &l->t->config;
+    const State *s = &l->t->state;
     size_t head_size = c->head_size, n_heads = c->n_heads, n_kv_heads = c->n_kv_heads;
-    for (size_t token = 0; token < pass->n; token++) {
-        size_t position = pass->pos + token, at = position % KEY_BLOCK, end;
-        float *qkv = s->qkv + token * (c->dim + 2 * c->kv_dim);
-        for (size_t r = rows.first; r < rows.end; r = end) {
-            size_t head = r / head_size, i = r % head_size; // of query, then key, then value heads
-            bool is_value = head >= n_heads + n_kv_heads;
-            end = min_size((head + 1) * head_size, rows.end);
-            if (!is_value) rope(qkv + r, s->rope + token * head_size + i, end - r);
-            if (head < n_heads) continue;
-            float *block = kv_block(s, c, layer, head - n_heads, position);
-            for (; r < end; r++, i++)
-                block[is_value ? at * head_size + i : i * KEY_BLOCK + at] = qkv[r];
+    for (size_t token = tokens.first; token < tokens.end; token++) {
+        float *q = s->qkv + token * (c->dim + 2 * c->kv_dim), *k = q + c->dim, *v = k + c->kv_dim;
+        for (size_t head = 0; head < n_heads + n_kv_heads; head++)
+            rotate(q + head * head_size, s->rope + token * head_size, head_size);
+        size_t position = l->pos + token, at = position % KEY_BLOCK;
+        for (size_t head = 0; head < n_kv_heads; head++) {
+            float *keys = kv_block(s, c, l->layer, head, position);
+            float *values = kv_block(s, c, l->layer, n_kv_heads + head, position);
+            for (size_t i = 0; i < head_size; i++) {
+                keys[i * KEY_BLOCK + at] = k[head * head_size + i];
+                values[at * head_size + i] = v[head * head_size + i];
+            }
         }
     }
 }
 
-// Attention of a range of queries: scores against all keys so far, softmax, the weighted sum of the
-// values. Query number token * n_heads + head is a head of a token. Grouped-query attention:
-// n_heads / n_kv_heads query heads share the keys and values of a KV head, and go over them
-// together.
-static void multi_head_attn(const Pass *pass, size_t layer, Range queries, float *att) {
-    const Config *c = &pass->transformer->config;
-    const State *s = &pass->transformer->state;
-    const Kernels *kernels = pass->transformer->kernels;
-    size_t ahead = pass->transformer->kv_ahead, stride = s->max_kv_len;
+// Rotary position embedding: rotates each pair of values of the queries and keys by an angle that
+// grows with the position, so that a query times a key depends on how far apart the two are. Then
+// copies keys and values into the KV cache.
+static void rope(const Transformer *t, size_t layer, size_t n, size_t pos) {
+    parallel_for(rope_tokens, &(LayerTokens){t, layer, pos}, n, 1);
+}
+
+// Query number token * n_heads + head is a head of a token.
+static void attend_queries(const void *args, Range queries) {
+    const LayerTokens *l = args;
+    const Config *c = &l->t->config;
+    const State *s = &l->t->state;
+    const Kernels *kernels = l->t->kernels;
+    size_t ahead = l->t->kv_ahead, stride = s->max_kv_len;
     size_t head_size = c->head_size, n_heads = c->n_heads, n_kv_heads = c->n_kv_heads;
     size_t heads_per_kv_head = n_heads / n_kv_heads;
+    float *att = s->att[queries.worker];
 
     for (size_t query = queries.first, count; query < queries.end; query += count) {
         size_t token = query / n_heads, head = query % n_heads, kv_head = head / heads_per_kv_head;
-        size_t kv_len = pass->pos + token + 1;
+        size_t kv_len = l->pos + token + 1;
         count = min_size(heads_per_kv_head - head % heads_per_kv_head, queries.end - query);
         const float *q = s->qkv + token * (c->dim + 2 * c->kv_dim) + head * head_size;
         float *out = s->xb + query * head_size;
         for (size_t t = 0; t < kv_len; t += CHUNK)
-            kernels->score(att + t, stride, q, count, head_size, kv_block(s, c, layer, kv_head, t),
-                           min_size(kv_len - t, CHUNK), ahead);
+            kernels->score(att + t, stride, q, count, head_size,
+                           kv_block(s, c, l->layer, kv_head, t), min_size(kv_len - t, CHUNK),
+                           ahead);
         for (size_t i = 0; i < count; i++) kernels->softmax(att + i * stride, kv_len);
         memset(out, 0, count * head_size * sizeof(float));
         for (size_t t = 0; t < kv_len; t += CHUNK)
             kernels->weighted_sum(out, att + t, stride, count, head_size,
-                                  kv_block(s, c, layer, n_kv_heads + kv_head, t),
+                                  kv_block(s, c, l->layer, n_kv_heads + kv_head, t),
                                   min_size(kv_len - t, CHUNK), ahead);
     }
 }
 
-// x = row `token` of the embedding, dequantized
-static void embed(float *x, const QuantizedTensor *w, size_t token) {
-    const Panel *panel = panels_of(w, token);
-    size_t lane = token % PANEL_ROWS;
-    for (size_t i = 0; i < w->cols; i++) {
-        const Panel *group = &panel[i / GROUP];
-        x[i] = (float)group->q[i % GROUP / 4][lane][i % 4] * group->s[lane];
+// Attention: each query gets scores against the keys of all positions up to its own, softmax turns
+// them into weights, and xb = the sum of the values by these weights. Grouped-query attention:
+// n_heads / n_kv_heads query heads share the keys and values of a KV head, and go over them
+// together. So the heads of a token stay together; of a single token each worker gets a share.
+static void multi_head_attn(const Transformer *t, size_t layer, size_t n, size_t pos) {
+    size_t n_heads = t->config.n_heads;
+    parallel_for(attend_queries, &(LayerTokens){t, layer, pos}, n * n_heads, n > 1 ? n_heads : 0);
+}
+
+static void swiglu_tokens(const void *args, Range tokens) {
+    const Transformer *t = args;
+    size_t hidden_dim = t->config.hidden_dim;
+    for (size_t token = tokens.first; token < tokens.end; token++) {
+        const float *gate = t->state.gate_up + token * 2 * hidden_dim;
+        t->kernels->swiglu(t->state.hb + token * hidden_dim, gate, gate + hidden_dim, hidden_dim);
     }
 }
 
-// One layer's attention block: x = x + wo . attention(wqkv . rmsnorm(x))
-static void attention_block(const Pass *pass, int worker, size_t layer) {
-    Transformer *t = pass->transformer;
-    const Config *c = &t->config;
-    const Layer *l = &t->weights.layers[layer];
-    State *s = &t->state;
-    size_t dim = c->dim, n = pass->n;
+// hb[token] = silu(gate[token]) * up[token] for n tokens.
+static void swiglu(const Transformer *t, size_t n) { parallel_for(swiglu_tokens, t, n, 1); }
 
-    MatrixInput in =
-        prepare_input(pass, worker, s->x, t->weights.rms_att_weight + layer * dim, dim, n);
-    for (Range rows = {0}; claim(worker, l->wqkv.rows, rows_per_piece(&in), &rows);) {
-        mat_mul(pass, worker, s->qkv, &l->wqkv, rows, &in);
-        rotate_and_store(pass, layer, rows);
-    }
-
-    // A single token: one piece for each worker, so that most query heads that share a KV head stay
-    // together. Several tokens: each token is a piece.
-    size_t n_heads = c->n_heads, workers = pass->workers;
-    size_t piece_size = n > 1 ? n_heads : (n_heads + workers - 1) / workers;
-    for (Range queries = {0}; claim(worker, n * n_heads, piece_size, &queries);)
-        multi_head_attn(pass, layer, queries, s->att[worker]);
-
-    add_to_residual(pass, worker, &l->wo, s->xb);
+static void add_tokens(const void *args, Range tokens) {
+    const Transformer *t = args;
+    size_t dim = t->config.dim;
+    float *x = t->state.x, *xb2 = t->state.xb2;
+    for (size_t i = tokens.first * dim; i < tokens.end * dim; i++) x[i] = x[i] + xb2[i];
 }
 
-// One layer's feed-forward block: x = x + w2 . swiglu(w13 . rmsnorm(x))
-static void feed_forward_block(const Pass *pass, int worker, size_t layer) {
-    Transformer *t = pass->transformer;
-    const Layer *l = &t->weights.layers[layer];
-    State *s = &t->state;
-    size_t dim = t->config.dim, n = pass->n;
-
-    MatrixInput in =
-        prepare_input(pass, worker, s->x, t->weights.rms_ffn_weight + layer * dim, dim, n);
-    for (Range rows = {0}; claim(worker, l->w13.rows, rows_per_piece(&in), &rows);) {
-        mat_mul(pass, worker, s->gate_up, &l->w13, rows, &in);
-        for (size_t token = 0; token < n; token++)
-            for (size_t r = rows.first; r < rows.end; r += 2 * PANEL_ROWS) {
-                size_t i = token * l->w13.rows + r;
-                t->kernels->swiglu(s->hb + i / 2, s->gate_up + i);
-            }
-    }
-    add_to_residual(pass, worker, &l->w2, s->hb);
-}
-
-// Takes a worker through all steps of a pass.
-static void forward_steps(const Pass *pass, int worker) {
-    Transformer *t = pass->transformer;
-    const Weights *w = &t->weights;
-    State *s = &t->state;
-    size_t dim = t->config.dim, head_size = t->config.head_size;
-
-    for (Range tokens = {0}; claim(worker, pass->n, 1, &tokens);)
-        for (size_t token = tokens.first; token < tokens.end; token++) {
-            embed(s->x + token * dim, &w->embedding, pass->tokens[token]);
-            rope_table(s->rope + token * head_size, head_size, pass->pos + token);
-        }
-    for (size_t layer = 0; layer < (size_t)t->config.n_layers; layer++) {
-        attention_block(pass, worker, layer);
-        feed_forward_block(pass, worker, layer);
-    }
-    if (pass->wanted == 0) return;
-    MatrixInput in = prepare_input(pass, worker, s->x + (pass->n - pass->wanted) * dim,
-                                   w->rms_final_weight, dim, pass->wanted);
-    for (Range rows = {0}; claim(worker, w->classifier.rows, rows_per_piece(&in), &rows);)
-        mat_mul(pass, worker, s->logits, &w->classifier, rows, &in);
-}
+// The end of a block: x[token] = x[token] + xb2[token] for n tokens.
+static void add(const Transformer *t, size_t n) { parallel_for(add_tokens, t, n, NORM_ROWS); }
 
 // Computes n >= 1 tokens at positions pos.. (pos + n <= seq_len), which continue what was computed
-// for the positions before. Returns [wanted][vocab_size] logits of the last `wanted` tokens (0..n,
-// at most MAX_BATCH), which hold until the next call.
-static float *forward_logits(Transformer *t, const int *tokens, int n, int pos, int wanted) {
-    for (int done = 0, count; done < n; done += count) {
-        count = (n - done - 1) % MAX_BATCH + 1; // all but the first are full: the last has `wanted`
-        Pass pass = {.transformer = t, .tokens = tokens + done, .n = count, .pos = pos + done};
-        pass.wanted = done + count == n ? wanted : 0;
-        run_pass(&pass);
-    }
-    return t->state.logits;
-}
+// for the positions before. Returns [wanted][vocab_size] logits of the last `wanted` tokens (at
+// least 1, at most n and MAX_BATCH), which hold until the next call.
+static float *forward(Transformer *t, const int *tokens, int n, int pos, int wanted) {
+    const Weights *w = &t->weights;
+    State *s = &t->state;
+    size_t dim = t->config.dim, n_layers = t->config.n_layers, count = 0;
+    for (; n > 0; tokens += count, n -= (int)count, pos += (int)count) {
+        count =
+            (size_t)(n - 1) % MAX_BATCH + 1; // all but the first are full: the last has `wanted`
+        embed(t, tokens, count, pos);
+        for (size_t layer = 0; layer < n_layers; layer++) {
+            const Layer *l = &w->layers[layer];
 
-// The logits [vocab_size] of the last token: what a prompt and plain decoding need.
-static inline float *forward(Transformer *t, const int *tokens, int n, int pos) {
-    return forward_logits(t, tokens, n, pos, 1);
+            // attention block: x = x + wo . attention(rope(wqkv . rmsnorm(x)))
+            rmsnorm(s->xb, s->x, w->rms_att_weight + layer * dim, dim, count);
+            mat_mul(t, s->qkv, &l->wqkv, s->xb, count);
+            rope(t, layer, count, pos);
+            multi_head_attn(t, layer, count, pos);
+            mat_mul(t, s->xb2, &l->wo, s->xb, count);
+            add(t, count);
+
+            // feed-forward block: x = x + w2 . swiglu(w13 . rmsnorm(x))
+            rmsnorm(s->xb, s->x, w->rms_ffn_weight + layer * dim, dim, count);
+            mat_mul(t, s->gate_up, &l->w13, s->xb, count);
+            swiglu(t, count);
+            mat_mul(t, s->xb2, &l->w2, s->hb, count);
+            add(t, count);
+        }
+    }
+    rmsnorm(s->xb, s->x + (count - (size_t)wanted) * dim, w->rms_final_weight, dim, wanted);
+    mat_mul(t, s->logits, &w->classifier, s->xb, wanted);
+    return s->logits;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1491,7 +1461,7 @@ static int decode(Session *s, Reply *reply) {
     bool proposed = pending == 1 && most > 0 && propose_draft(s, most);
     int draft = proposed ? min_int(s->draft_length, most) : 0;
     float *logits =
-        forward_logits(&s->transformer, s->ids + s->cached, pending + draft, s->cached, draft + 1);
+        forward(&s->transformer, s->ids + s->cached, pending + draft, s->cached, draft + 1);
 
     int right = 0; // draws that equal what was proposed
     for (int i = 0; i == right && i <= draft && !reply->ended; i++) {
@@ -1730,11 +1700,12 @@ TARGET static void NAME(softmax)(float *x, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] = x[i] / sum;
 }
 
-TARGET static void NAME(swiglu)(float *out, const float *gate_up) {
+TARGET static void NAME(swiglu)(float *out, const float *gate, const float *up, size_t n) {
     const singles ones = (singles){0} + 1;
-    for (size_t i = 0; i < PANEL_ROWS; i += LANES / 2) {
-        singles h = LOAD(singles, gate_up + i), up = LOAD(singles, gate_up + PANEL_ROWS + i);
-        STORE(singles, out + i, (h * (ones / (ones + NAME(exp_singles)(-h)))) * up);
+    for (size_t i = 0; i < n; i += LANES / 2) {
+        singles h = LOAD(singles, gate + i);
+        STORE(singles, out + i,
+              (h * (ones / (ones + NAME(exp_singles)(-h)))) * LOAD(singles, up + i));
     }
 }
 

@@ -141,7 +141,7 @@ static Decoding measure_decoding(Transformer *t, Sampler *sampler, int pos, cons
         getrusage(RUSAGE_SELF, &before);
         for (int i = round * TOKENS; i < (round + 1) * TOKENS; i++) {
             double start = seconds(CLOCK_MONOTONIC);
-            token = sample(sampler, forward(t, &token, 1, pos + i));
+            token = sample(sampler, forward(t, &token, 1, pos + i, 1));
             tokens[i] = seconds(CLOCK_MONOTONIC) - start;
         }
         getrusage(RUSAGE_SELF, &after);
@@ -161,7 +161,7 @@ static double prefill_rate(Transformer *t, int tokens) {
     int ids[512];
     for (int i = 0; i < tokens; i++) ids[i] = i * 97 % t->config.vocab_size;
     double start = seconds(CLOCK_MONOTONIC);
-    forward(t, ids, tokens, 0);
+    forward(t, ids, tokens, 0, 1);
     return tokens / (seconds(CLOCK_MONOTONIC) - start);
 }
 

@@ -107,7 +107,7 @@ static void load_model(void) {
     Transformer t;
     if (build_transformer(&t, path) == 0 && t.weights.memory.size < 1 << 20) {
         int tokens[] = {t.config.vocab_size - 1, 0};
-        forward(&t, tokens, t.config.seq_len > 1 ? 2 : 1, 0);
+        forward(&t, tokens, t.config.seq_len > 1 ? 2 : 1, 0, 1);
     }
     free_transformer(&t);
 }
@@ -339,7 +339,7 @@ static void fuzz_forward(Input *in) {
         n = 1 + take(in) % 64;
         if (n > c.seq_len - pos) n = c.seq_len - pos;
         for (int i = 0; i < n; i++) tokens[i] = take(in) % c.vocab_size;
-        const float *logits = forward_logits(&t, tokens, n, pos, n);
+        const float *logits = forward(&t, tokens, n, pos, n);
         for (int i = 0; i < n; i++, logits += c.vocab_size)
             require(memcmp(logits, oracle_forward(&oracle, tokens[i], pos + i),
                            (size_t)c.vocab_size * sizeof(float)) == 0,

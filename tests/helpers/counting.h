@@ -1,8 +1,8 @@
 // counting.h - sessions whose work is counted, for probe.c and bench.c, which include an engine
 // first.
 
-// Kernels that count. An engine of one worker multiplies each matrix once in a pass, and takes
-// SwiGLU of each panel once for a token.
+// Kernels that count. An engine of one worker multiplies each matrix once in a pass; SwiGLU is
+// called once for each token and layer.
 static const Kernels *counted;
 static _Atomic long multiplications, swiglus; // the workers count side by side
 
@@ -18,9 +18,9 @@ static void counting_mat_mat_mul(float *out, const QuantizedTensor *w, Range row
     counted->mat_mat_mul(out, w, rows, x, n);
 }
 
-static void counting_swiglu(float *out, const float *gate_up) {
+static void counting_swiglu(float *out, const float *gate, const float *up, size_t n) {
     swiglus++;
-    counted->swiglu(out, gate_up);
+    counted->swiglu(out, gate, up, n);
 }
 
 static void count_work(Transformer *t, Kernels *counting) {
@@ -36,9 +36,7 @@ static inline long counted_passes(const Transformer *t) {
     return multiplications / (4 * t->config.n_layers + 1);
 }
 
-static inline long counted_tokens(const Transformer *t) {
-    return swiglus / (t->config.n_layers * t->config.hidden_dim / PANEL_ROWS);
-}
+static inline long counted_tokens(const Transformer *t) { return swiglus / t->config.n_layers; }
 
 // Opens a session with the model in a folder, whose replies go nowhere from then on. Returns a
 // descriptor of the old stdout.

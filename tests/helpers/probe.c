@@ -49,7 +49,7 @@ static void golden(char **arguments) {
     for (int pos = 0; pos < n; pos += batch) {
         int taken = n - pos < batch ? n - pos : batch;
         int wanted = taken < MAX_BATCH ? taken : MAX_BATCH;
-        float *all = forward_logits(&t, tokens + pos, taken, pos, wanted);
+        float *all = forward(&t, tokens + pos, taken, pos, wanted);
         for (int i = 0; i < wanted; i++) {
             logits = all + (size_t)i * (size_t)vocab_size;
             printf("logits %016llx\n", (unsigned long long)hash_logits(logits, vocab_size));
@@ -59,7 +59,7 @@ static void golden(char **arguments) {
     for (int i = 0; i < samples; i++) {
         int token = sample(&sampler, logits);
         printf("sample %d\n", token);
-        logits = forward(&t, &token, 1, n + i);
+        logits = forward(&t, &token, 1, n + i, 1);
     }
     printf("final %016llx\n", (unsigned long long)hash_logits(logits, vocab_size));
 }
@@ -97,7 +97,7 @@ static void check_window(char **arguments) {
     for (int pos = 0, pass = 0, n; pos < seq_len; pos += n, pass++) {
         n = lengths[pass % 7] < seq_len - pos ? lengths[pass % 7] : seq_len - pos;
         for (int i = 0; i < n; i++) tokens[i] = (pos + i) * 31 % vocab_size;
-        const float *logits = forward_logits(&t, tokens, n, pos, n);
+        const float *logits = forward(&t, tokens, n, pos, n);
         for (int i = 0; i < n; i++, logits += vocab_size)
             if (memcmp(logits, oracle_forward(&oracle, tokens[i], pos + i),
                        (size_t)vocab_size * sizeof(float)) != 0)
@@ -176,7 +176,7 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
     fwrite(q, 1, weights, file.stream);
     fwrite(s, sizeof(float), weights / GROUP, file.stream);
     rewind(file.stream);
-    read_tensor(&file, &w, 0, 1, (size_t)rows);
+    read_tensor(&file, &w, 0, (size_t)rows);
     fclose(file.stream);
     QuantizedActivations a = {.width = (size_t)cols,
                               .q = oracle_alloc(tokens * (size_t)cols, 1),
@@ -197,7 +197,7 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
         oracle_matvec(expected + token * (size_t)rows + first, q + (size_t)first * (size_t)cols,
                       s + (size_t)first * groups, last - first, cols, xq, xs);
     }
-    Range range = {(size_t)first, (size_t)last};
+    Range range = {.first = (size_t)first, .end = (size_t)last};
     if (n == 1) kernels->mat_vec_mul(out, &w, range, &a);
     else kernels->mat_mat_mul(out, &w, range, &a, tokens);
     expect_same(n == 1 ? "mat_vec_mul" : "mat_mat_mul", out, expected,
@@ -281,7 +281,7 @@ static void check_swiglu(const Kernels *kernels) {
         gate_up[i] = i < PANEL_ROWS ? random_between(-30, 30) : random_between(-3, 3);
     gate_up[0] = -200; // e^200 is infinite
     memcpy(expected, gate_up, sizeof(expected));
-    kernels->swiglu(out, gate_up);
+    kernels->swiglu(out, gate_up, gate_up + PANEL_ROWS, PANEL_ROWS);
     oracle_swiglu(expected, gate_up + PANEL_ROWS, PANEL_ROWS);
     expect_same("swiglu", out, expected, sizeof(expected));
 }
@@ -544,8 +544,8 @@ static void check_rollover(char **arguments) {
         rollovers++;
         if (s.ids[0] != s.tokenizer.im_start) fail("rollover: what is left is not whole turns");
         int from = s.length - LAST;
-        const float *cached = forward(&s.transformer, s.ids + from, LAST, from);
-        const float *expected = forward(&fresh, s.ids, s.length, 0);
+        const float *cached = forward(&s.transformer, s.ids + from, LAST, from, 1);
+        const float *expected = forward(&fresh, s.ids, s.length, 0, 1);
         if (memcmp(cached, expected, (size_t)fresh.config.vocab_size * sizeof(float)) != 0)
             fail("rollover: the KV cache does not hold the conversation");
     }
@@ -569,8 +569,8 @@ static void load_models(char **paths) {
         puts(loaded ? "loaded" : "refused");
         if (loaded && t.weights.memory.size < 1 << 20) {
             int tokens[] = {0, t.config.vocab_size - 1};
-            forward(&t, tokens, 1, 0);
-            forward(&t, tokens, t.config.seq_len > 1 ? 2 : 1, 0);
+            forward(&t, tokens, 1, 0, 1);
+            forward(&t, tokens, t.config.seq_len > 1 ? 2 : 1, 0, 1);
         }
         free_transformer(&t);
     }
@@ -585,7 +585,7 @@ static void measure_memory(char **arguments) {
     Transformer t;
     struct rusage usage;
     if (build_transformer(&t, *arguments) < 0) exit(1);
-    for (int i = 0; i < 32; i++) forward(&t, &(int){i * (t.config.vocab_size / 32)}, 1, i);
+    for (int i = 0; i < 32; i++) forward(&t, &(int){i * (t.config.vocab_size / 32)}, 1, i, 1);
     getrusage(RUSAGE_SELF, &usage);
     printf("%ld %zu\n", usage.ru_maxrss, (size_t)t.weights.memory.size / 1024);
 }
