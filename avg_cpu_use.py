@@ -6,8 +6,8 @@
     python3 avg_cpu_use.py --plot log       the CPU use over time, in the terminal
     python3 avg_cpu_use.py --csv log        all samples, for a spreadsheet
 
-The log has one line per sample. Its last field, "[cpu%] 98.76%", is the share of one CPU that the
-process used since the sample before. Other lines in the file are skipped.
+The last field of a log line, "[cpu%] 98.76%", is the share of one CPU that the process used since
+the line before. Text before and after a log line is skipped, and so are all other lines.
 """
 import argparse
 import csv
@@ -19,44 +19,45 @@ import signal
 import statistics
 import sys
 from collections import namedtuple
-from itertools import chain
 
-# The file is read as bytes, so that no garbage in it can be a decoding error. N stands for a number;
-# 64 bits have at most 20 digits.
+# N is a number of at most 64 bits. The name may hold anything but the start of another log line.
 LOG_LINE = re.compile(
-    rb"\[pid\] (N) \[tcomm\] \((.*)\) \[state\] (\S) \[policy\] (\S+) \[nice\] (-?N) "
-    rb"\[vsize\] (N) \[task_cpu\] (N) \[utime\] (N) \[stime\] (N) \[cpu%\] (N\.N)%\s*$"
-    .replace(b"N", rb"\d{1,20}"))
-LINE_LIMIT = 4096  # bytes; a longer line, which is garbage, is read in parts
+    r"\[pid\] (N) \[tcomm\] \(((?:(?!\[pid\]).)*?)\) \[state\] (\S) \[policy\] (\S+) "
+    r"\[nice\] (-?N) \[vsize\] (N) \[task_cpu\] (N) \[utime\] (N) \[stime\] (N) \[cpu%\] (N\.N)%"
+    .replace("N", r"\d{1,20}"), re.ASCII)
+NOISE = re.compile(r"\0|\x1b\[[\d;]*[A-Za-z]")  # colour codes; UTF-16 without NUL bytes is ASCII
+LONGEST = 4096  # characters; a log line is shorter
 # The fields of a line, and by how many seconds utime + stime have grown since the line before.
 Sample = namedtuple("Sample", "pid tcomm state policy nice vsize task_cpu utime stime cpu growth")
-INTERVAL = 0.3  # seconds between two samples; a reply shorter than this has one shorter sample
-SLACK = 0.03    # seconds by which a sample may be late
+INTERVAL, SLACK = 0.3, 0.03  # seconds between two samples, and by which one may be late
 TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds, the unit of utime and stime
-HEIGHT = 8      # lines of a plot
-BLOCKS = " ▁▂▃▄▅▆▇█"  # indexed by eighths of a line
+HEIGHT, BLOCKS = 8, " ▁▂▃▄▅▆▇█"  # lines of a plot; indexed by eighths of a line
 
 
-def parse(lines):
-    """The samples in the lines of a log."""
-    samples, totals = [], {}
-    for match in filter(None, map(LOG_LINE.match, lines)):
-        pid, *texts, utime, stime, cpu = (text.decode(errors="replace") for text in match.groups())
-        before, totals[pid] = totals.get(pid, 0), int(utime) + int(stime)
-        growth = round(TICK * max(0, totals[pid] - before), 2)
-        samples.append(Sample(pid, *texts, utime, stime, float(cpu), growth))
+def parse(file):
+    """The samples in a file. A log line may begin in one block of it and end in the next."""
+    samples, totals, text = [], {}, ""
+    while block := file.read(1 << 16):
+        text, end = NOISE.sub("", text + block), 0
+        for match in LOG_LINE.finditer(text):
+            end = match.end()
+            pid, *texts, utime, stime, cpu = match.groups()
+            before, totals[pid] = totals.get(pid, 0), int(utime) + int(stime)
+            growth = round(TICK * max(0, totals[pid] - before), 2)
+            samples.append(Sample(pid, *texts, utime, stime, float(cpu), growth))
+        text = text[max(end, len(text) - LONGEST):]
     return samples
 
 
 def read_log(path):
-    """The samples in a file; "-" is stdin. Without any, the program ends."""
+    """The samples of a log; "-" is stdin. Without any, the program ends."""
     try:
-        with open(0 if path == "-" else path, "rb", closefd=path != "-") as log:
-            samples = parse(iter(lambda: log.readline(LINE_LIMIT), b""))
+        with open(0 if path == "-" else path, encoding="utf-8", errors="replace") as log:
+            samples = parse(log)
     except OSError as error:
         sys.exit(f"avg_cpu_use.py: cannot read {path}: {error.strerror}")
-    return samples or sys.exit(f"avg_cpu_use.py: {path} has no line with a [cpu%] field; write a "
-                               "log with ./main 42 2>log and ask the model something")
+    return samples or sys.exit(f"avg_cpu_use.py: {path} has no log line with a [cpu%] field; write "
+                               "a log with ./main 42 2>log and give the model a prompt")
 
 
 def average(samples, weighted=False):
@@ -84,7 +85,7 @@ def split_prompts(samples):
 def plot_columns(prompts, width):
     """The columns of a plot: lists of successive samples, an empty one between two prompts."""
     if 2 * len(prompts) >= width:
-        prompts = [list(chain.from_iterable(prompts))]  # there is no room to set them apart
+        prompts = [[one for prompt in prompts for one in prompt]]  # no room to set them apart
     size = -(-sum(map(len, prompts)) // (width - 2 * len(prompts)))
     columns = []
     for prompt in prompts:
@@ -93,7 +94,7 @@ def plot_columns(prompts, width):
 
 
 def plot(name, samples, weighted):
-    """The lines of a plot as wide as the terminal, or 100 columns wide if stdout is none."""
+    """The lines of a plot as wide as the terminal, or 100 columns wide without one."""
     uses, prompts = [sample.cpu for sample in samples], split_prompts(samples)
     top = 100 * max(1, round(max(uses) / 100 + 0.4))  # 109% is drawn as 100%, 110% is not
     width = max(3, (shutil.get_terminal_size().columns if os.isatty(1) else 100) - 6)

@@ -3,6 +3,7 @@ import csv
 import os
 import pty
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -80,6 +81,37 @@ class AverageTest(LogReaderTestCase):
                  + b"\n" + line("60.00").encode() + b"[cpu%] 1.00%\n")
         self.assert_average(self.average_of(mixed), "50.00")
 
+    def test_log_lines_are_found_anywhere_in_a_line(self):
+        """After half a reply line, a time stamp, colour codes, docker compose's prefix or a log line
+        that was cut off; two in one line; with colours inside; where a block ends.
+        """
+        sample = line("50.00").strip()
+        coloured = sample.replace("[pid]", "\x1b[01;31m\x1b[K[pid]\x1b[m\x1b[K")  # grep --color
+        text = "\n".join(["A mutex is a lo" + sample, "2026-11-28T10:43:04.123Z " + sample + "\r",
+                          f"\x1b[36mchat-1  | \x1b[0m{sample}\x1b[0m", "\ufeff" + sample, coloured,
+                          "[pid] 12 [tcomm] (inf" + sample, sample + "more" + sample, ""])
+        rows = list(csv.DictReader(self.lines_of(text, "--csv")))
+        self.assertEqual([row["pid"] + row["tcomm"] for row in rows], ["647017inference"] * 8)
+        self.assert_average(self.average_of(text), "50.00")
+        self.assertEqual(len(self.lines_of(("x" * 200 + sample) * 3000, "--csv")), 1 + 3000)
+
+    def test_utf_16_and_nul_bytes(self):
+        """PowerShell writes UTF-16 with a BOM; NUL bytes, of a log that was cut while main wrote it
+        for example, drop no sample.
+        """
+        text = "wsl : Grüße, 你好\r\n" + line("60.00") + line("20.00").replace("\n", "\r\n")
+        for content in (text.encode("utf-16"), text.encode("utf-16-be"),
+                        b"\0" * 5000 + text.encode(), text.replace("utime", "ut\0ime").encode()):
+            self.assert_average(self.average_of(content), "40.00")
+
+    def test_garbage_takes_little_time_and_memory(self):
+        """It is not kept, even if it looks like the start of a log line."""
+        for unit in (b"[pid] 1 [tcomm] (", b"[pid] 1 [tcomm] (" + b") [state] R " * 5000):
+            log = self.folder() / "log"
+            log.write_bytes(unit * ((24 << 20) // len(unit)) + line("50.00").encode())
+            self.assert_average(self.average(log, preexec_fn=lambda: resource.setrlimit(
+                resource.RLIMIT_DATA, (32 << 20, 32 << 20))), "50.00")
+
     def test_a_file_without_a_log_line_is_refused(self):
         """One line on stderr names the file and explains what a log is; exit status 1."""
         noise = bytes(random.Random(1).getrandbits(8) for _ in range(100_000))
@@ -90,11 +122,10 @@ class AverageTest(LogReaderTestCase):
 
     def test_numbers_that_cannot_be_are_no_samples(self):
         """Digits without end are garbage, in any field and for any output."""
-        for digits in (21, 400, 5000):
-            for name in ("[utime] ", "[cpu%] "):
-                text = line("50.00").replace(name, name + digits * "9")
-                for option in ((), ("--plot",), ("--csv",), ("--weighted",)):
-                    self.assert_refused(self.average(*option, self.log(text)), "no line")
+        text = "".join(line("50.00").replace(name, name + digits * "9")
+                       for digits in (21, 400, 5000) for name in ("[utime] ", "[cpu%] "))
+        for option in ((), ("--plot",), ("--csv",), ("--weighted",)):
+            self.assert_refused(self.average(*option, self.log(text)), "no log line")
 
     def test_a_log_of_many_prompts_takes_little_time(self):
         """100,000 of them: seconds, not a minute."""

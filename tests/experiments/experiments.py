@@ -115,7 +115,8 @@ def measure_policy(plan, options, load, log):
     """The figures of one run."""
     with Session("main", *plan.settings, *options, log=log) as session:
         reply = session.ask(plan.prompt, plan.limit, CPUS if load == LOADS[1] else ())
-    samples = parse(log.read_bytes().splitlines())
+    with open(log, encoding="utf-8") as lines:
+        samples = parse(lines)
     migrations = sum(old.task_cpu != new.task_cpu for old, new in zip(samples, samples[1:]))
     if reply.at_end["migrations"] is not None:
         migrations = reply.at_end["migrations"] - reply.at_prompt["migrations"]

@@ -125,8 +125,8 @@ class Session:
 
     def message(self):
         """What it wrote to stderr besides the log."""
-        lines = self.log.read_bytes().splitlines()
-        return b" ".join(line for line in lines if not LOG_LINE.match(line)).decode()
+        lines = self.log.read_text(errors="replace").splitlines()
+        return " ".join(line for line in lines if not LOG_LINE.match(line))
 
     def ask(self, prompt, limit=600.0, cpus=()):
         """The reply to a prompt, beside a load on these CPUs, as far as it comes within the limit
