@@ -1,10 +1,11 @@
-"""make policies and make threads: their figures, their reports, their end."""
+"""make policies, threads and trace: their figures, their reports, their end."""
 import csv
 import platform
+import re
+import shutil
 import signal
 import statistics
 import sys
-import unittest
 import xml.etree.ElementTree
 from types import SimpleNamespace
 
@@ -140,6 +141,50 @@ class ThreadExperimentTest(ExperimentTestCase):
         self.assertIn("prefers-color-scheme: dark", (folder / "chart.svg").read_text())
 
 
+class TraceTest(SessionTestCase):
+    """make trace"""
+    SCRIPT = (sys.executable, TESTS / "experiments" / "trace.py")
+
+    def assert_trace(self, options, *steps):
+        """The diagram has these steps in this order, fits 80 columns, and is saved as a picture."""
+        if not shutil.which("strace"):
+            self.skipTest("strace is not installed")
+        results = self.folder()
+        session = self.run_to_end(*self.SCRIPT, *options, "--results", results)
+        self.assertEqual((session.status, session.errors), (0, ""))
+        folder, = results.iterdir()
+        diagram = (folder / "trace.txt").read_text()
+        self.assertTrue(session.text.startswith(diagram))
+        self.assertRegex(diagram, "(?s)" + ".*".join(map(re.escape, steps)))
+        self.assertLessEqual(max(map(len, diagram.splitlines())), 80)
+        times = [float(line.split()[0]) for line in diagram.splitlines()[1:]]
+        self.assertEqual(times, sorted(times))
+        picture = xml.etree.ElementTree.parse(folder / "trace.svg")
+        arrows = [path for path in picture.iter(SVG + "path") if path.get("class") != "axis"]
+        self.assertEqual(len(arrows), len(times))
+
+    def test_the_path_of_a_prompt(self):
+        """From the prompt to the log line and the end, each step with its direction."""
+        self.assert_trace(
+            (), "|------>|       |       |    execve main", "|------>|       |    fork",
+            "|------>|    execve inference", "|    load model.bin", "<------|       |    pipe",
+            "|------>|       |       |    input \"My name is Zelda.\\n\"",
+            "|------>|       |    pipe \"My name", "|------>|       |    SIGUSR1",
+            "|<--------------|       |    output \"Hello Zelda! How can", "<------|       |    pipe",
+            "<------|       |    SIGUSR2", "|-------------->|    read /proc/", "log line, cpu%",
+            "output \">>> \"", "end of input", "SIGUSR1", "exit with 0",
+            "|       |<--------------|    wait: ", "output \"Child exited with 0", "exit with 0")
+
+    def test_threads(self):
+        """They are created, sleep in futex(2) and are woken."""
+        self.assert_trace(("-j", 2), "execve parallel", "create thread", "sleeps", "input", "wakes")
+
+    def test_without_strace(self):
+        """A line says how to get it."""
+        session = self.run_to_end(*self.SCRIPT, env={"PATH": ""})
+        self.assert_error_line(session, 1, "strace(1)", "install")
+
+
 class EndTest(ExperimentTestCase):
     def beside_the_load(self, **options):
         """A session of make policies at the moment when a load runs."""
@@ -165,7 +210,3 @@ class EndTest(ExperimentTestCase):
         session = self.beside_the_load()
         session.signal(signal.SIGKILL)
         session.wait_for_orphans()
-
-
-if __name__ == "__main__":
-    unittest.main()

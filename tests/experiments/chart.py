@@ -10,6 +10,9 @@ text { font: 13px system-ui, sans-serif; fill: #1f2328 }
 .spread { stroke: #1f2328 }
 .bar0 { fill: #218bff }
 .bar1 { fill: #fb8f44 }
+.user, .kernel { stroke: #59636e }
+.main { stroke: #0969da }
+.engine { stroke: #bc4c00 }
 @media (prefers-color-scheme: dark) {
   text { fill: #f0f6fc }
   .note { fill: #9198a1 }
@@ -17,6 +20,9 @@ text { font: 13px system-ui, sans-serif; fill: #1f2328 }
   .spread { stroke: #f0f6fc }
   .bar0 { fill: #1f6feb }
   .bar1 { fill: #bd561d }
+  .user, .kernel { stroke: #9198a1 }
+  .main { stroke: #4493f8 }
+  .engine { stroke: #f0883e }
 }
 """
 
