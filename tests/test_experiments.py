@@ -92,11 +92,11 @@ class PolicyExperimentTest(ExperimentTestCase):
 
     def test_an_interrupted_reply_has_the_speed_of_what_came(self):
         """A quarter of the text of 101 tokens in 5 s after the first byte: 5 tok/s."""
-        whole = SimpleNamespace(tokens=100, text=b"x" * 400)
-        part = SimpleNamespace(info=None, text=b"x" * 100, first=7.0, end=12.0)
+        whole = SimpleNamespace(tokens=100, text="x" * 400)
+        part = SimpleNamespace(info=None, text="x" * 100, first=7.0, end=12.0)
         speed = Reply.tokens_per_second
         self.assertEqual(speed(part, whole), 5)
-        nothing = SimpleNamespace(info=None, text=b"", first=0.0, end=20.0)
+        nothing = SimpleNamespace(info=None, text="", first=0.0, end=20.0)
         self.assertEqual(speed(nothing, whole), 0)
 
     def test_the_conclusions_follow_from_the_figures(self):

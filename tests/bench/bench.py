@@ -11,15 +11,13 @@ import os
 import select
 import signal
 import statistics
-import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
-import script  # noqa: E402
-from artifacts import BUILD, TESTS, TOP, model_file  # noqa: E402
+from artifacts import BUILD, TESTS, TOP, smollm_shape  # noqa: E402
 
 POSITIONS, PROMPTS, THREADS = (100, 1000, 2000), (16, 128, 512), (1, 2, 4, 8, 16)
 HEAD = [*(f"decoding near {p}, of limit" for p in POSITIONS), *(f"prompt of {p}" for p in PROMPTS)]
@@ -33,21 +31,6 @@ def build(name, *flags):
     subprocess.run(["gcc", "-Wall", "-Wextra", "-o", program, TESTS / "bench" / "bench.c", *flags,
                     "-lm", "-lpthread"], check=True)
     return program
-
-
-def model_folder():
-    """A folder with a model and a tokenizer of its size: single bytes and made-up longer tokens."""
-    folder = Path(BUILD) / "bench-model"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "model.bin").exists():
-        (folder / "model.bin").symlink_to(model_file("--seed 1"))
-    texts = [b"<|endoftext|>", b"<|im_start|>", b"<|im_end|>", *(bytes([i]) for i in range(256))]
-    texts += [b"t%d" % i for i in range(VOCAB_SIZE - len(texts))]
-    with open(folder / "tokenizer.bin", "wb") as file:
-        file.write(struct.pack("<i", max(map(len, texts))))
-        for i, text in enumerate(texts):
-            file.write(struct.pack("<fi", -i, len(text)) + text)
-    return folder
 
 
 def figures(program, *arguments, **environment):
@@ -174,7 +157,7 @@ def main():
     minutes = round(MINUTES_PER_RUN * runs)
     print(f"Measuring {runs} times on one thread and on several: about {minutes} minutes on two "
           "CPUs.\nThe tables come when they are complete.\n", flush=True)
-    folder = model_folder()
+    folder = smollm_shape(VOCAB_SIZE)
     model = folder / "model.bin"
     single_thread(runs, model, folder)
     thread_counts(runs, model)
@@ -182,4 +165,6 @@ def main():
 
 
 if __name__ == "__main__":
-    script.run(main)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C and a closed pipe end the program
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # without a traceback
+    main()

@@ -15,13 +15,14 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "helpers")]
-from artifacts import BUILD, TESTS, TOP, model_file  # noqa: E402
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS / "helpers"), str(TESTS.parent)]
+from artifacts import TOP, smollm_shape  # noqa: E402
 from chart import bar_chart  # noqa: E402
-from measuring import CPUS, Refused, Session  # noqa: E402
+from measuring import CPUS, MeasuredSession, Refused  # noqa: E402
 from report import column, overlap, save, table, triple  # noqa: E402
 
-from avg_cpu_use import average, parse  # noqa: E402 (measuring has put the top folder on the path)
+from avg_cpu_use import average, parse  # noqa: E402
 
 POLICIES = [(f"SCHED_{name}, nice {nice}", ("-s", name, "-n", str(nice)))
             for name in ("OTHER", "BATCH") for nice in (0, 2, 10, 19)]
@@ -50,11 +51,11 @@ class Plan:
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
 
         log = self.folder / "logs" / "first.log"
-        with Session("main", "-d", self.model, "-m", "1", log=log) as session:
-            short = session.ask(prompt)
+        with MeasuredSession("main", "-d", self.model, "-m", "1", log=log) as session:
+            short = session.measure(prompt)
         begin = time.monotonic()
-        with Session("main", *self.settings, log=log) as session:
-            self.whole = session.ask(prompt)
+        with MeasuredSession("main", *self.settings, log=log) as session:
+            self.whole = session.measure(prompt)
         self.seconds = time.monotonic() - begin
         self.prompt_tokens = short.length - 3  # without a token of the reply and two that close it
         self.whole.tokens = self.whole.length - short.length  # without the first one
@@ -72,16 +73,7 @@ def find_model(folder):
         return folder, f"{folder}/model.bin, {(folder / 'model.bin').stat().st_size} bytes"
     if (TOP / "model.bin").exists() and (TOP / "tokenizer.bin").exists():
         return TOP, f"model.bin, {(TOP / 'model.bin').stat().st_size} bytes"
-    folder = BUILD / "experiment-model"
-    folder.mkdir(parents=True, exist_ok=True)
-    model = model_file("--vocab 1024")
-    for name, target in (("model.bin", f"../{model.name}"),
-                         ("tokenizer.bin", "../../tiny/tokenizer.bin")):
-        link = folder / name
-        if not link.exists():
-            link.unlink(missing_ok=True)  # it may point to a file that is gone
-            link.symlink_to(target)
-    return folder, "SmolLM-135M's shape, random weights, a vocabulary of 1024"
+    return smollm_shape(), "SmolLM-135M's shape, random weights, a vocabulary of 1024"
 
 
 def announce(plan, text, steps, seconds_per_step):
@@ -113,8 +105,8 @@ def take(steps, seconds_per_step):
 
 def measure_policy(plan, options, load, log):
     """The figures of one run."""
-    with Session("main", *plan.settings, *options, log=log) as session:
-        reply = session.ask(plan.prompt, plan.limit, CPUS if load == LOADS[1] else ())
+    with MeasuredSession("main", *plan.settings, *options, log=log) as session:
+        reply = session.measure(plan.prompt, plan.limit, CPUS if load == LOADS[1] else ())
     with open(log, encoding="utf-8") as lines:
         samples = parse(lines)
     migrations = sum(old.task_cpu != new.task_cpu for old, new in zip(samples, samples[1:]))
@@ -212,8 +204,8 @@ def policies(options):
 
 def measure_threads(plan, count, log):
     """The figures of the prompt and of decoding."""
-    with Session("parallel", *plan.settings, str(count), log=log) as session:
-        reply = session.ask(plan.prompt)
+    with MeasuredSession("parallel", *plan.settings, str(count), log=log) as session:
+        reply = session.measure(plan.prompt)
 
     def times(before, after):
         return {name: after[name] - before[name] for name in ("user", "system")}

@@ -30,7 +30,7 @@ def new_file(path):
         yield unfinished
         os.replace(unfinished, path)
     finally:
-        if unfinished.exists():
+        if unfinished.is_file():
             unfinished.unlink()
 
 
@@ -47,6 +47,21 @@ def model_file(arguments):
             subprocess.run([sys.executable, TESTS / "helpers" / "make_model.py", unfinished,
                             *arguments.split()], check=True)
     return path
+
+
+def smollm_shape(vocab=1024):
+    """The folder of a model of SmolLM-135M's shape with random weights, whose replies are random and
+    slow. Its first 1024 tokens are those of the small model.
+    """
+    folder, tiny = BUILD / f"smollm-shape-{vocab}", TESTS / "tiny" / "tokenizer.bin"
+    if not folder.exists():
+        model = model_file(f"--vocab {vocab}" if vocab < 49152 else "--seed 1")
+        with new_file(folder) as unfinished:
+            unfinished.mkdir()
+            (unfinished / "model.bin").symlink_to(model)
+            (unfinished / "tokenizer.bin").write_bytes(tiny.read_bytes() + b"".join(
+                struct.pack("<fi6s", -i, 6, b"%06d" % i) for i in range(1024, vocab)))
+    return folder
 
 
 def write_tokenizer(path, tokens):

@@ -21,7 +21,7 @@ import time
 import unittest
 from pathlib import Path
 
-from artifacts import EMULATOR, TESTS, TOP, model_file
+from artifacts import EMULATOR, TESTS, TOP, smollm_shape
 
 TINY = TESTS / "tiny"
 MAIN = TOP / "main"
@@ -40,7 +40,7 @@ LOG_LINE = re.compile(
 INFO_LINE = re.compile(r"\[INFO\] SEQ LEN: (\d+), Speed: (\d+\.\d{4}) tok/s\n")
 
 LIBC = ctypes.CDLL(None, use_errno=True)
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 # What a program leaves behind becomes a child of the tests instead of vanishing into init.
 LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 signal.signal(signal.SIGUSR2, lambda *_: None)  # an orphan's signal must not kill the tests
@@ -75,38 +75,46 @@ def wait_until(condition, what):
 
 
 class Process:
-    """A line of /proc/<pid>/stat."""
+    """What /proc/<path>/stat holds, where path is a pid, or "pid/task/tid" for one of its threads."""
 
-    def __init__(self, stat):
-        self.pid = int(stat[:stat.index(" ")])
+    def __init__(self, path):
+        stat = Path(f"/proc/{path}/stat").read_text(errors="replace")
+        self.pid, self.name = int(stat[:stat.index(" ")]), stat[stat.index("(") + 1:stat.rindex(")")]
         fields = stat[stat.rindex(")") + 2:].split()
         self.state, self.parent, self.session = fields[0], int(fields[1]), int(fields[3])
-        self.cpu_time = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        self.user, self.system = (int(ticks) / os.sysconf("SC_CLK_TCK") for ticks in fields[11:13])
+        self.cpu_time = self.user + self.system
 
 
 def processes():
     """All processes of the machine, zombies too."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            yield Process(stat.read_text(errors="replace"))
-        except OSError:  # it ended just now
-            pass
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it ended just now
+            yield Process(pid)
+
+
+def end_with(parent):
+    """Called in a new process: it ends with its parent, even if that is killed."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 class Session:
-    """A program on pipes or in a pseudo-terminal of its own, with its stderr in a file.
+    """A program on pipes or in a pseudo-terminal of its own, with its stderr in a file. It ends with
+    the tests.
 
     `output` holds all bytes that came so far. `read_until` goes through them from mark to mark.
     """
 
     def __init__(self, *command, terminal=False, errors_to_terminal=False, prepare=None,
-                 cwd=TOP, env=None):
+                 cwd=TOP, env=None, log=None, own_session=True):
         emulator = EMULATOR if Path(command[0]).name in ("inference", "parallel") else []
         self.command = [str(word) for word in (*emulator, *command)]
         self.terminal = terminal
         self.output = b""
         self.mark = 0
-        self.log = tempfile.TemporaryFile()
+        self.log = open(log, "w+b") if log else tempfile.TemporaryFile()
         if terminal:
             self.input, theirs = pty.openpty()
             self.reply, stdin, stdout = os.dup(self.input), theirs, theirs
@@ -115,7 +123,10 @@ class Session:
             self.reply, stdout = os.pipe()
             os.set_blocking(self.input, False)
 
+        parent = os.getpid()
+
         def before_exec():
+            end_with(parent)
             for number in (signal.SIGINT, signal.SIGHUP):  # which nohup(1), for one, ignores
                 signal.signal(number, signal.SIG_DFL)
             if terminal:
@@ -124,7 +135,7 @@ class Session:
                 prepare()
 
         self.process = subprocess.Popen(
-            self.command, stdin=stdin, stdout=stdout, cwd=cwd, start_new_session=True,
+            self.command, stdin=stdin, stdout=stdout, cwd=cwd, start_new_session=own_session,
             stderr=stdout if errors_to_terminal else self.log,
             env={**os.environ, **(env or {})}, preexec_fn=before_exec)
         self.pid = self.process.pid
@@ -360,11 +371,8 @@ class SessionTestCase(unittest.TestCase):
         return Path(folder.name)
 
     def noise_model(self):
-        """The directory of a model of the full size, whose replies are random and slow."""
-        folder = self.folder()
-        (folder / "model.bin").symlink_to(model_file("--vocab 1024"))
-        (folder / "tokenizer.bin").symlink_to(TINY / "tokenizer.bin")
-        return folder
+        """The folder of a model of the full size, whose replies are random and slow."""
+        return smollm_shape()
 
     def main_with_engine(self, body):
         """A copy of main beside a fake engine: main runs the engine beside its own binary."""
