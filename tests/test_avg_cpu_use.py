@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import unittest
 
 from support import MAIN, PATIENCE, TOP, SessionTestCase
 
@@ -296,7 +295,3 @@ class EndTest(LogReaderTestCase):
             time.sleep(0.01)
         session.signal(signal.SIGINT)
         self.assertEqual((session.finish(), session.errors), (-signal.SIGINT, ""))
-
-
-if __name__ == "__main__":
-    unittest.main()

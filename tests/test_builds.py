@@ -2,7 +2,6 @@
 import re
 import shutil
 import subprocess
-import unittest
 from concurrent.futures import ThreadPoolExecutor
 
 from artifacts import COMPILER, TOP
@@ -120,7 +119,3 @@ class BuildTest(SessionTestCase):
             self.skipTest("not a git repository")
         paths = self.output_of("git", "-c", f"safe.directory={TOP}", "ls-files").splitlines()
         self.assertEqual({path.split("/")[0] for path in paths} - TOP_LEVEL, set())
-
-
-if __name__ == "__main__":
-    unittest.main()

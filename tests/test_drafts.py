@@ -1,6 +1,5 @@
 """Drafts change no text, whatever they propose; and a long chat computes few tokens twice."""
 import re
-import unittest
 
 from artifacts import model_file
 from probes import kernel_tables, probe_lines
@@ -80,7 +79,3 @@ class LongChatTest(SmallModelTestCase):
             self.assertGreater(new, 3 * window)
             self.assertGreaterEqual(computed, 0.9 * new)
             self.assertLess(computed, 3 * new)
-
-
-if __name__ == "__main__":
-    unittest.main()

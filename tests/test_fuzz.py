@@ -5,7 +5,6 @@ import os
 import random
 import shlex
 import subprocess
-import unittest
 
 from artifacts import EMULATOR, TOP, compiled_program
 from support import SessionTestCase
@@ -40,7 +39,3 @@ class FuzzTest(SessionTestCase):
                         b" it's 42\r\n", b"\xe2\x82\xac", b"\0\0\0\1", b"\xff\xff",
                         source.randbytes(8))) for _ in range(source.randrange(30))))
                 self.run_inputs(target, paths)
-
-
-if __name__ == "__main__":
-    unittest.main()

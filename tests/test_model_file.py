@@ -307,7 +307,3 @@ class ChangingFileTest(SessionTestCase):
         session.signal(signal.SIGCONT)
         self.assertEqual((session.finish(), session.text), (1, ""))
         self.assertRegex(session.errors, r"\A[^\n]*model\.bin: it ends too early[^\n]*\n\Z")
-
-
-if __name__ == "__main__":
-    unittest.main()

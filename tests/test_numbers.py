@@ -287,7 +287,3 @@ class ThreadsTest(GoldenTestCase):
         """Two threads have its bits."""
         for case in BIG_CASES:
             self.assert_golden_with(2, case, 5)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -4,7 +4,6 @@ import re
 import resource
 import signal
 import time
-import unittest
 
 from support import (INFERENCE, MAIN, PARALLEL, PATIENCE, TINY, Process, SessionTestCase, processes,
                      real_time_works, replies, threads_of, wait_until)
@@ -193,7 +192,3 @@ class FrontEndTest(SessionTestCase):
         session.end_input()
         self.assert_ends(session, 0, "0")
         self.assertIn("one-way channel", session.text)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -263,7 +263,3 @@ class HostileTest(BadFileTestCase):
             with self.subTest(size):
                 os.truncate(self.path, size)
                 self.assert_rejected(self.path)
-
-
-if __name__ == "__main__":
-    unittest.main()
