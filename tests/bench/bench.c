@@ -2,10 +2,8 @@
 // speed of decoding and of prompts, in turn, so that other load on the machine affects all of them.
 //
 //     bench MODEL RUNS           prints a line of figures per run, see main()
-//     bench --plain MODEL RUNS   seconds per token of the oracle, in plain loops
 //     bench --drafts DIR RUNS    a conversation without and with drafts, see bench_drafts()
 //     bench --repeating DIR RUNS the same for a model that repeats one token
-//     bench --tables             the kernel tables that this machine has
 //
 // The engine is inference.c's, or with -DPARALLEL parallel.c's, with THREADS threads.
 #define main engine_main
@@ -16,7 +14,6 @@
 #endif
 #undef main
 #include "../helpers/counting.h"
-#include "../helpers/oracle.h"
 #include <pthread.h>
 #include <sys/resource.h>
 
@@ -172,18 +169,6 @@ static void fill_caches(Transformer *t) {
         t->state.kv_cache[i] = random_f32(&state) - 0.5f;
 }
 
-static int bench_plain(const char *path, int runs) {
-    OracleModel model;
-    if (oracle_load(&model, path) < 0) return 2;
-    for (int run = 0; run < runs; run++) {
-        double start = seconds(CLOCK_MONOTONIC);
-        for (int i = 0; i < 4; i++) oracle_forward(&model, i, 4 * run + i);
-        printf("%.6g\n", (seconds(CLOCK_MONOTONIC) - start) / 4);
-    }
-    oracle_free(&model);
-    return 0;
-}
-
 // Makes a model repeat its last token forever, at the cost of any other: without its blocks the
 // residual stream stays the embedding of the token, and the likeliest logit is its own.
 static void repeat_tokens(Transformer *t) {
@@ -235,16 +220,10 @@ static int bench_drafts(const char *dir, bool repeating, int runs) {
 }
 
 int main(int argc, char **argv) {
-    if (argc == 4 && strcmp(argv[1], "--plain") == 0) return bench_plain(argv[2], atoi(argv[3]));
     if (argc == 4 && strcmp(argv[1], "--drafts") == 0)
         return bench_drafts(argv[2], false, atoi(argv[3]));
     if (argc == 4 && strcmp(argv[1], "--repeating") == 0)
         return bench_drafts(argv[2], true, atoi(argv[3]));
-    if (argc == 2 && strcmp(argv[1], "--tables") == 0) {
-        const Kernels *usable[MAX_TABLES];
-        for (int i = 0, count = usable_kernels(usable); i < count; i++) puts(usable[i]->name);
-        return 0;
-    }
     Transformer t;
     Sampler sampler;
     if (argc != 3 || build_transformer(&t, argv[1]) < 0) return 2;

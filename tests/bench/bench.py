@@ -1,23 +1,25 @@
 #!/usr/bin/env python3
-"""make bench: how near the engine comes to the machine's limits, as two tables.
+"""make bench: how near the engine comes to the machine's limits, as three tables.
 
-    python3 tests/bench/bench.py [RUNS]      medians of so many runs (default: 5)
+    python3 tests/bench/bench.py [RUNS]      RUNS: of which medians are taken (default: 5)
 
-The model has SmolLM-135M's shape and random weights; tests/helpers/make_model.py writes it once. Decoding has to
-read all of the weights and of the key and value caches for each token, so its limit is the memory:
-"of limit" is bytes per token * tokens per second / the read bandwidth measured in the same run.
+The model has SmolLM-135M's shape and random weights. Decoding has to read all of the weights and of
+the KV cache for each token, so its limit is the memory: "of limit" is bytes per token * tokens per
+second / the read bandwidth measured in the same run.
 """
 import os
-import select
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
-from artifacts import BUILD, TESTS, TOP, smollm_shape  # noqa: E402
+from artifacts import BUILD, TESTS, smollm_shape  # noqa: E402
+from probes import kernel_tables  # noqa: E402
+from support import MAIN, Session  # noqa: E402
 
 POSITIONS, PROMPTS, THREADS = (100, 1000, 2000), (16, 128, 512), (1, 2, 4, 8, 16)
 HEAD = [*(f"decoding near {p}, of limit" for p in POSITIONS), *(f"prompt of {p}" for p in PROMPTS)]
@@ -54,46 +56,28 @@ def print_table(head, rows):
     print(flush=True)
 
 
-def start_up(folder, **environment):
-    """Seconds from exec to the ready byte, from a prompt to the reply's first bytes; peak memory, MB.
-
-    The part of main is played here: see the protocol in common.h.
-    """
-    returns, engine_end = os.pipe()
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-
-    def become_engine():
-        os.dup2(engine_end, 3)
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-
-    start = time.monotonic()
-    engine = subprocess.Popen(
-        [TOP / "inference", "-d", folder, "-m", "8", "42"], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, preexec_fn=become_engine, pass_fds=(3,),
-        env={**os.environ, "CHAT_FRONT_END": str(os.getpid()), **environment})
-    os.close(engine_end)
-    os.read(returns, 1)
-    ready = time.monotonic()
-    engine.stdin.write(b"Is this all?\n")
-    engine.stdin.flush()
-    engine.send_signal(signal.SIGUSR1)
-    select.select([engine.stdout], [], [])
-    first = time.monotonic()
-    os.read(returns, 1)
-    status = Path(f"/proc/{engine.pid}/status").read_text()
-    peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
-    engine.stdin.close()
-    engine.send_signal(signal.SIGUSR1)
-    engine.stdout.read()
-    engine.wait()
-    os.close(returns)
-    return ready - start, first - ready, peak
+def start_up(folder, kernels):
+    """Milliseconds from the start of ./main to the first bytes of a reply, and from the next prompt
+    to those of its reply; the engine's peak memory in MB."""
+    start, times = time.monotonic(), []
+    with closing(Session(MAIN, "-d", folder, "-m", "8", "42", env={"KERNELS": kernels})) as session:
+        for _ in range(2):
+            session.send("Is this all?\n")
+            session.read_until(">>> ")
+            while session.mark == len(session.output):
+                session.read_more()
+            times.append(1000 * (time.monotonic() - start))
+            session.read_until("tok/s")
+            start = time.monotonic()
+        status = Path(f"/proc/{session.engine}/status").read_text()
+    return *times, int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def decoding(bandwidth, seconds, size):
-    """Tokens per second and how much of the bandwidth they use, medians over the runs."""
+    """Tokens per second, bytes per second and how much of the bandwidth this is, medians."""
+    rate = statistics.median(s / t for t, s in zip(seconds, size)) / 1e9
     percent = statistics.median(100 * s / t / b for b, t, s in zip(bandwidth, seconds, size))
-    return f"{spread([1 / s for s in seconds])}, {percent:.0f}%"
+    return f"{spread([1 / s for s in seconds])}, {rate:.1f} GB/s, {percent:.0f}%"
 
 
 def decoding_and_prompts(columns):
@@ -105,24 +89,17 @@ def decoding_and_prompts(columns):
 def single_thread(runs, model, folder):
     rows = []
     bench = build("bench", "-O3")
-    for kernels in kernel_names(bench):
+    for kernels in kernel_tables():
         columns = figures(bench, model, runs, KERNELS=kernels)
         row = [kernels, spread([b / 1e9 for b in columns[0]], "{:.1f}"), *decoding_and_prompts(columns)]
-        ready, first, peak = zip(*(start_up(folder, KERNELS=kernels) for _ in range(runs)))
-        row += [spread([1000 * t for t in ready], "{:.1f}"), spread([1000 * t for t in first], "{:.1f}"),
-                f"{statistics.median(peak):.0f}"]
-        rows.append(row)
-    plain = figures(bench, "--plain", model, runs)[0]
-    rows.append(["plain loops", "", spread([1 / s for s in plain], "{:.1f}")] + [""] * 8)
-    print("One thread. Decoding and prompts in tokens per second, median (least-most).\n")
-    print_table(["kernels", "read GB/s", *HEAD, "ready, ms", "first token, ms", "memory, MB"], rows)
-
-
-def kernel_names(bench):
-    """The names of the kernel tables that this machine has, the best first."""
-    result = subprocess.run([bench, "--tables"], check=True, stdout=subprocess.PIPE,
-                            universal_newlines=True)
-    return result.stdout.split()
+        *times, peak = zip(*(start_up(folder, kernels) for _ in range(runs)))
+        rows.append([*row, *(spread(t, "{:.1f}") for t in times), f"{statistics.median(peak):.0f}"])
+    megabytes = " and ".join(f"{size / 1e6:.0f} (near {position})"
+                             for (size, *_), position in zip(columns[2::3], POSITIONS))
+    print(f"One thread. A token reads {megabytes} MB: weights and KV cache. Tokens per second, "
+          "median (least-most).\n")
+    print_table(["kernels", "read GB/s", *HEAD, "start to first token, ms", "prompt to first token, ms",
+                 "memory, MB"], rows)
 
 
 def thread_counts(runs, model):
