@@ -13,6 +13,8 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 sys.path += [str(TESTS / "helpers"), str(TESTS / "experiments")]
+import probes  # noqa: E402
+
 TEST_LIMIT = 300  # seconds; the tests bound their own waits. To compile with sanitizers takes longest
 
 
@@ -46,6 +48,8 @@ def main():
     signal.signal(signal.SIGALRM, out_of_time)
     loader = unittest.TestLoader()
     loader.testNamePatterns = [f"*{word}*" for word in sys.argv[1:]] or None
+    if not loader.testNamePatterns:
+        probes.build_all()
     result = unittest.TextTestRunner(sys.stdout, False, 2, resultclass=Result).run(
         loader.discover(str(TESTS)))
     failed = names(result.failures + result.errors)

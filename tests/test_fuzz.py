@@ -3,10 +3,10 @@ random inputs for tests/fuzz/fuzz.c, which libFuzzer gives many more.
 """
 import os
 import random
-import shlex
 import subprocess
 
-from artifacts import EMULATOR, TOP, compiled_program
+from artifacts import EMULATOR, TOP
+from probes import fuzz_program
 from support import SessionTestCase
 
 INPUTS = {"model": 100, "damage": 50, "tokenizer": 100, "encode": 300, "lines": 100, "print": 300,
@@ -17,11 +17,9 @@ FUZZ_LIMIT = 90  # seconds; with a sanitizer on a loaded machine
 class FuzzTest(SessionTestCase):
     def run_inputs(self, target, paths):
         """Run these files as inputs of a target, which must find nothing wrong."""
-        flags = shlex.split(os.environ.get("PROBE_CFLAGS", ""))
-        program = compiled_program("fuzz/fuzz.c", "-O2", *flags)
         sanitizer = os.environ.get("ASAN_OPTIONS", "")
         result = subprocess.run(
-            [*EMULATOR, program, *paths], cwd=TOP, stdout=subprocess.PIPE,
+            [*EMULATOR, fuzz_program(), *paths], cwd=TOP, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, timeout=FUZZ_LIMIT,
             env={**os.environ, "TARGET": target,
                  "ASAN_OPTIONS": f"{sanitizer}:allocator_may_return_null=1".strip(":")})

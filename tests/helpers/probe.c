@@ -288,7 +288,7 @@ static void check_swiglu(const Kernels *kernels) {
 
 // The body of the AVX-VNNI table with its instruction in the encoding of AVX-512, and, for machines
 // with AVX2 only, emulated.
-#if defined(AVXVNNI)
+#if defined(AVXVNNI) && !defined(PARALLEL) // once is enough: they take long to compile
 #define ISA evex
 #define LANES 8
 #define TARGET __attribute__((target("avx2,avx512vl,avx512vnni")))
@@ -350,7 +350,7 @@ static void check_chosen_kernels(char **arguments) {
 // The two other forms of the AVX-VNNI table, where this machine can run them
 static void check_avxvnni_forms(char **arguments) {
     (void)arguments;
-#if defined(AVXVNNI)
+#if defined(AVXVNNI) && !defined(PARALLEL) // once is enough: they take long to compile
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2")) check_kernels(&kernels_emulated);
     if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))

@@ -1,9 +1,9 @@
-"""Builds probe.c with one of the engines and runs its commands."""
-import functools
+"""Builds probe.c with one of the engines and fuzz.c, and runs the probe's commands."""
 import os
 import shlex
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from artifacts import EMULATOR, compiled_program
 from support import AT_ONCE, INFERENCE, SessionTestCase
@@ -12,11 +12,24 @@ PROBE_LIMIT = 90  # seconds; a golden run of the full size under a sanitizer is 
 PARALLEL = ("-DENGINE=\"../../parallel.c\"", "-DPARALLEL")
 
 
-@functools.lru_cache(maxsize=None)
+FLAGS = ("-O2", *shlex.split(os.environ.get("PROBE_CFLAGS", "")))  # those of a sanitizer
+
+
 def probe_program(engine):
-    """The path of the probe over this engine. PROBE_CFLAGS adds flags, those of a sanitizer."""
-    return compiled_program("helpers/probe.c", "-O2", *shlex.split(os.environ.get("PROBE_CFLAGS", "")),
-                            *(PARALLEL if engine == "parallel" else ()))
+    """The path of the probe over this engine."""
+    return compiled_program("helpers/probe.c", *FLAGS, *(PARALLEL if engine == "parallel" else ()))
+
+
+def fuzz_program():
+    return compiled_program("fuzz/fuzz.c", *FLAGS)
+
+
+def build_all():
+    """Builds them side by side. If one fails, the tests that need it report that."""
+    with ThreadPoolExecutor() as pool:
+        for build in (lambda: probe_program("inference"), lambda: probe_program("parallel"),
+                      fuzz_program):
+            pool.submit(build)
 
 
 def probe(*arguments, engine="inference", input=None, environment=None):
