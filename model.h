@@ -226,6 +226,8 @@ static const uint64_t exp_table[32];
 //   DOT4(sum, w, x)    to each lane of sum, adds the products of 4 bytes of w and of x; the
 //                      portable table does without
 //   UNSIGNED_WEIGHTS   1 if DOT4 takes the bytes of w as unsigned
+//   EXP_TABLE(i)       exp_table[i % 32] for the 64-bit numbers of a register, if the processor has
+//                      something faster than to load them one by one
 #define ISA portable
 #define LANES 4
 #define TARGET
@@ -249,8 +251,17 @@ TARGET static inline __m256i add_dot4_avx2(__m256i sum, __m256i w, __m256i x) {
 #define ISA avx512
 #define LANES 16
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+// Each permutation looks up 16 entries by the lower four bits of an index; bit 4 chooses the half.
+TARGET static inline __m512i look_up_exp_avx512(__m512i i) {
+    const __m512i *t = (const __m512i *)exp_table;
+    __m512i low = _mm512_permutex2var_epi64(_mm512_loadu_si512(t), i, _mm512_loadu_si512(t + 1));
+    __m512i high =
+        _mm512_permutex2var_epi64(_mm512_loadu_si512(t + 2), i, _mm512_loadu_si512(t + 3));
+    return _mm512_mask_blend_epi64(_mm512_test_epi64_mask(i, _mm512_set1_epi64(16)), low, high);
+}
 #define DOT4(sum, w, x) _mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(w), (__m512i)(x))
 #define UNSIGNED_WEIGHTS 1
+#define EXP_TABLE(i) look_up_exp_avx512((__m512i)(i))
 #include "model.h"
 #endif
 
@@ -1659,7 +1670,11 @@ INLINE singles NAME(exp_singles)(singles x) {
     doubles k = z + shift;
     doubles r = z - (k - shift);
     longs bits = (longs)k, table;
+#if defined(EXP_TABLE)
+    table = (longs)EXP_TABLE(bits);
+#else
     for (int lane = 0; lane < LANES / 2; lane++) table[lane] = exp_table[bits[lane] & 31];
+#endif
     doubles s = (doubles)(table + (bits << 47));
     doubles y = ((C0 * r + C1) * (r * r) + (C2 * r + 1)) * s;
     return __builtin_convertvector(y, singles);
@@ -1982,6 +1997,7 @@ static const Kernels NAME(kernels) = {
 #undef TARGET
 #undef DOT4
 #undef UNSIGNED_WEIGHTS
+#undef EXP_TABLE
 #undef JOIN
 #undef NAMED
 #undef NAME
