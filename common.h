@@ -95,6 +95,13 @@ static inline void reserve_standard_fds(void) {
     }
 }
 
+// Returns whether stdout shows colours and the user wants them (https://no-color.org).
+static inline bool has_colors(void) {
+    const char *refusal = getenv("NO_COLOR"), *terminal = getenv("TERM");
+    if (refusal && *refusal) return false;
+    return isatty(STDOUT_FILENO) && !(terminal && strcmp(terminal, "dumb") == 0);
+}
+
 // Returns the time of a clock in seconds: CLOCK_MONOTONIC, which is never set back, or a process's
 // CPU time; 0 if there is no such clock.
 static inline double seconds(clockid_t clock) {

@@ -1527,7 +1527,7 @@ static int generate(Session *s, const char *prompt, size_t length) {
     if (count < 0) return -1;
     s->length += count;
 
-    const char *green = isatty(STDOUT_FILENO) ? "\033[32m" : "", *plain = *green ? "\033[0m" : "";
+    const char *green = has_colors() ? "\033[32m" : "", *plain = *green ? "\033[0m" : "";
     double time = reply.now - reply.start;
     printf("%s%s[INFO] SEQ LEN: %d, Speed: %.4f tok/s%s\n", reply.printer.line_open ? "\n" : "",
            green, s->length, time > 0 ? (reply.generated - 1) / time : 0, plain);

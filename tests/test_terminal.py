@@ -109,6 +109,14 @@ class ScreenTest(SessionTestCase):
         self.assertEqual(session.text.count("[pid]"), session.text.count("\n[pid]"))
         self.assertGreaterEqual(session.text.count("[pid]"), 2)
 
+    def test_the_user_decides_about_colours(self):
+        """NO_COLOR or a terminal that is called dumb: none."""
+        for environment in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+            session = self.chat(42, terminal=True, env=environment)
+            session.read_until(">>> ")
+            session.ask("Hello!")
+            self.assertNotIn("\x1b", session.text)
+
     def test_no_hint_where_the_log_is_apart(self):
         """A log in a file disturbs nothing."""
         session = self.chat(42, terminal=True)
