@@ -344,12 +344,9 @@ static inline int report_read_error(const LineReader *reader) {
 #define RETURN_FD 3                    // where the engine finds the return pipe
 #define FRONT_END_ENV "CHAT_FRONT_END" // the front end's pid, in the engine's environment
 
-// What the engine writes into the return pipe. Any other byte counts as DONE.
-enum { DONE = 'd', REJECTED = 'r' }; // model loaded or reply finished; prompt rejected without one
-
-// Answers one prompt on stdout and flushes it. Returns 0, or REJECTED if it only printed why the
-// prompt cannot be used; or -1 if the session cannot go on, after reporting the reason unless the
-// reader of stdout is gone.
+// Answers one prompt on stdout, or prints there why it cannot be used, and flushes that. Returns 0;
+// or -1 if the session cannot go on, after reporting the reason unless the reader of stdout is
+// gone.
 typedef struct Session Session; // defined by the engine
 typedef int Answer(Session *session, const char *prompt, size_t length);
 
@@ -363,8 +360,8 @@ static inline bool is_child_of_front_end(void) {
 }
 
 // Returns 0, or -1 after reporting the error: without its byte main would wait forever.
-static inline int notify_front_end(char byte) {
-    if (write(RETURN_FD, &byte, 1) != 1)
+static inline int notify_front_end(void) {
+    if (write(RETURN_FD, "", 1) != 1)
         return report_error("Cannot write to the return pipe: %s.", strerror(errno));
     kill(getppid(), SIGUSR2);
     return 0;
@@ -380,15 +377,14 @@ static inline int serve_front_end(Answer *answer, Session *session) {
     sigset_t notification;
     sigemptyset(&notification);
     sigaddset(&notification, SIGUSR1);
-    if (notify_front_end(DONE) < 0) return -1;
+    if (notify_front_end() < 0) return -1;
     for (;;) {
         int length = next_line(&reader, prompt);
         if (length == END_OF_INPUT) return report_read_error(&reader);
         if (length >= 0) {
             // The reply is flushed before main is notified, so that the next prompt mark cannot
             // overtake it.
-            int result = answer(session, prompt, (size_t)length);
-            if (result < 0 || notify_front_end(result == REJECTED ? REJECTED : DONE) < 0) return -1;
+            if (answer(session, prompt, (size_t)length) < 0 || notify_front_end() < 0) return -1;
         } else if (poll(&input, 1, 0) != 0) {
             read_more(&reader);
         } else if (sigwaitinfo(&notification, NULL) < 0 && errno != EINTR) {

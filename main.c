@@ -593,9 +593,9 @@ static void finish_loading(Chat *chat) {
     fail(chat);
 }
 
-// A reply shorter than the interval gets one log line; a rejected prompt gets none.
-static void finish_reply(Chat *chat, char byte) {
-    if (!chat->meter.logged && byte != REJECTED) log_sample(&chat->meter, false);
+// A reply shorter than the interval gets one log line.
+static void finish_reply(Chat *chat) {
+    if (!chat->meter.logged) log_sample(&chat->meter, false);
     report_log_failure(&chat->meter);
     ask_for_prompt(chat);
 }
@@ -608,7 +608,7 @@ static void read_engine_bytes(Chat *chat) {
     if (chat->child.returns < 0) return;
     while ((count = read(chat->child.returns, &byte, 1)) == 1) {
         if (chat->phase == LOADING) finish_loading(chat);
-        else if (chat->phase == GENERATING) finish_reply(chat, byte);
+        else if (chat->phase == GENERATING) finish_reply(chat);
     }
     if (count < 0 && (errno == EAGAIN || errno == EINTR)) return;
     if (count < 0) {

@@ -1489,8 +1489,8 @@ static int decode(Session *s, Reply *reply) {
     return 0;
 }
 
-// Appends a turn up to where the reply begins. Returns 0; or REJECTED after printing that the
-// window cannot hold it, or -1 after reporting a lack of memory.
+// Appends a turn up to where the reply begins. Returns 1; or 0 after printing that the window cannot
+// hold it, or -1 after reporting a lack of memory.
 static int begin_turn(Session *s, const char *prompt, size_t length) {
     int ids[MAX_PROMPT_LEN + 64], seq_len = s->transformer.config.seq_len;
     int count = encode_prompt(&s->tokenizer, prompt, length, ids);
@@ -1498,7 +1498,7 @@ static int begin_turn(Session *s, const char *prompt, size_t length) {
     if (count + 1 + CLOSING > seq_len) {
         printf("The prompt has %d tokens and was not used: the context window holds %d.\n", count,
                seq_len);
-        return REJECTED;
+        return 0;
     }
     // Reserves at most half the window for the reply, so that a large -m does not drop the whole
     // conversation. A longer reply needs room that is free anyway.
@@ -1507,16 +1507,15 @@ static int begin_turn(Session *s, const char *prompt, size_t length) {
     s->turns[s->turn_count++] = s->length;
     memcpy(s->ids + s->length, ids, (size_t)count * sizeof(int));
     s->length += count;
-    return 0;
+    return 1;
 }
 
 // Answers a prompt of at most MAX_PROMPT_LEN bytes: the reply goes to stdout, token by token, then
-// a line of figures. Returns 0; or REJECTED after printing that the window cannot hold the prompt;
-// or -1 if the session cannot go on: stdout is closed, there is no memory, or the logits are not
-// finite.
+// a line of figures; or only a message that the window cannot hold the prompt. Returns 0; or -1 if
+// the session cannot go on: stdout is closed, there is no memory, or the logits are not finite.
 static int generate(Session *s, const char *prompt, size_t length) {
-    int result = begin_turn(s, prompt, length);
-    if (result != 0) return flush_output() < 0 ? -1 : result;
+    int begun = begin_turn(s, prompt, length);
+    if (begun <= 0) return flush_output() < 0 ? -1 : begun;
     int room = s->transformer.config.seq_len - s->length - CLOSING;
     Reply reply = {.limit = min_int(s->max_new_tokens, room),
                    .printer.line_open = true}; // an empty reply is an empty line

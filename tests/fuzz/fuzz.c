@@ -308,8 +308,7 @@ static int *chat(Input in, const Config *c, int draft_tokens, int *length) {
     while (in.size > 0) {
         size_t size = 1 + (size_t)take(&in) % 64;
         char *prompt = (char *)take_bytes(&in, &size);
-        int result = generate(&s, prompt, size);
-        require(result == 0 || result == REJECTED, "the session has ended");
+        require(generate(&s, prompt, size) == 0, "the session has ended");
         require(s.length <= c->seq_len && s.cached <= s.length, "the window overflows");
         free(prompt);
     }
