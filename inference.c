@@ -16,22 +16,18 @@ static void parallel_for(Step *step, const void *args, size_t count, size_t piec
 #define USAGE                                                                                      \
     SETTINGS_USAGE                                                                                 \
     " <seed> [\"prompt\" ...]\n" SETTINGS_HELP                                                     \
-    "\n  prompt              answered in turn; without one, prompts are read from stdin"
+    "\n  prompt              answered one after the other; without one, prompts are read from "    \
+    "stdin;\n                      \"--\" before the first that begins with -"
 
 int main(int argc, char **argv) {
     reserve_standard_fds();
     Settings settings = DEFAULT_SETTINGS;
-    CommandLine line = {.argc = argc, .argv = argv, .usage = USAGE, .wanted = 1};
-    parse_settings(&settings, &line);
-    bool valid = line.count == 1 && parse_seed(line.operands[0], &settings.seed);
-    if (line.count == 0) report_error("The seed is missing.");
-    else if (!valid) report_error("%s is not a seed.", line.operands[0]);
-    if (!valid) exit_with_usage(&line, 2);
-    choose_seed(&settings);
+    parse_settings(&settings, argc, argv, USAGE);
+    settings.seed = parse_seed(argv[optind], USAGE);
 
     Session session;
     int result = build_session(&session, &settings);
-    if (result == 0) result = serve(generate, &session, argv + optind, argc - optind);
+    if (result == 0) result = serve(generate, &session, argv + optind + 1, argc - optind - 1);
     free_session(&session);
     return result < 0 || flush_output() < 0 ? 1 : 0;
 }

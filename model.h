@@ -1489,8 +1489,8 @@ static int decode(Session *s, Reply *reply) {
     return 0;
 }
 
-// Appends a turn up to where the reply begins. Returns 1; or 0 after printing that the window cannot
-// hold it, or -1 after reporting a lack of memory.
+// Appends a turn up to where the reply begins. Returns 1; or 0 after printing that the window
+// cannot hold it, or -1 after reporting a lack of memory.
 static int begin_turn(Session *s, const char *prompt, size_t length) {
     int ids[MAX_PROMPT_LEN + 64], seq_len = s->transformer.config.seq_len;
     int count = encode_prompt(&s->tokenizer, prompt, length, ids);

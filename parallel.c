@@ -8,6 +8,7 @@
 #include "common.h"
 #include "model.h"
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <sys/resource.h>
 
@@ -35,7 +36,7 @@ typedef struct {
 
 typedef struct {
     pthread_t threads[MAX_THREADS]; // without thread 0, which is the caller
-    CpuTime cpu_time[MAX_THREADS];  // of each thread, when it has ended
+    CpuTime cpu_times[MAX_THREADS]; // of each thread, when it has ended
     int size, workers;              // threads, and how many of them are workers
 
     // The current step: the arguments of parallel_for(), and into how many pieces it is divided.
@@ -120,7 +121,7 @@ static void parallel_for(Step *step, const void *args, size_t count, size_t piec
 static CpuTime thread_cpu_time(void) {
     struct rusage usage;
     seconds(CLOCK_THREAD_CPUTIME_ID);
-    getrusage(RUSAGE_THREAD, &usage);
+    if (getrusage(RUSAGE_THREAD, &usage) < 0) die("getrusage");
     return (CpuTime){(double)usage.ru_utime.tv_sec + 1e-6 * (double)usage.ru_utime.tv_usec,
                      (double)usage.ru_stime.tv_sec + 1e-6 * (double)usage.ru_stime.tv_usec};
 }
@@ -132,7 +133,7 @@ static void *thr_func(void *argument) {
         wait_for(event);
         take_part(thread);
     }
-    pool.cpu_time[thread] = thread_cpu_time();
+    pool.cpu_times[thread] = thread_cpu_time();
     return NULL;
 }
 
@@ -174,51 +175,52 @@ static int init_thr_pool(int threads) {
 // ------------------------------------------------------------------------------------------------
 // The program
 
+static void print_cpu_time(CpuTime time) {
+    printf(" - user: %.4f s, system: %.4f s\n", time.user, time.system);
+}
+
 // Prints the CPU time of each thread. Thread 0 is the main thread, which has a line of its own for
-// what it had used before it created the pool.
-static void print_usage(CpuTime before) {
-    CpuTime whole = {0}, now = thread_cpu_time();
-    pool.cpu_time[0] = (CpuTime){now.user - before.user, now.system - before.system};
-    for (int i = 0; i <= pool.size; i++) {
-        CpuTime usage = i < pool.size ? pool.cpu_time[i] : before;
-        whole.user += usage.user;
-        whole.system += usage.system;
-        if (i < pool.size) printf("Thread %d has completed", i);
-        else printf("main thread");
-        printf(" - user: %.4f s, system: %.4f s\n", usage.user, usage.system);
+// `loading`, what it had used before it created the pool.
+static void print_cpu_times(CpuTime loading) {
+    CpuTime whole = thread_cpu_time();
+    pool.cpu_times[0] = (CpuTime){whole.user - loading.user, whole.system - loading.system};
+    for (int i = 0; i < pool.size; i++) {
+        if (i > 0) whole.user += pool.cpu_times[i].user, whole.system += pool.cpu_times[i].system;
+        printf("Thread %d has completed", i);
+        print_cpu_time(pool.cpu_times[i]);
     }
-    printf("Whole process - user: %.4f s, system: %.4f s\n", whole.user, whole.system);
+    printf("main thread");
+    print_cpu_time(loading);
+    printf("Whole process");
+    print_cpu_time(whole);
 }
 
 #define USAGE                                                                                      \
     SETTINGS_USAGE                                                                                 \
     " <threads> <seed> [\"prompt\" ...]\n" SETTINGS_HELP "\n  threads             1 to 64\n"       \
-    "  prompt              answered in turn; without one, prompts are read from stdin"
+    "  prompt              answered one after the other; without one, prompts are read from "      \
+    "stdin;\n                      \"--\" before the first that begins with -"
 
 int main(int argc, char **argv) {
     reserve_standard_fds();
     Settings settings = DEFAULT_SETTINGS;
-    long threads;
-    CommandLine line = {.argc = argc, .argv = argv, .usage = USAGE, .wanted = 2};
-    parse_settings(&settings, &line);
-    bool valid = false;
-    if (line.count < 2) report_error("The number of threads and the seed are needed.");
-    else if (!parse_integer(line.operands[0], 1, MAX_THREADS, &threads))
-        report_error("%s is not a number of threads.", line.operands[0]);
-    else if (!parse_seed(line.operands[1], &settings.seed))
-        report_error("%s is not a seed.", line.operands[1]);
-    else valid = true;
-    if (!valid) exit_with_usage(&line, 2);
-    choose_seed(&settings);
+    parse_settings(&settings, argc, argv, USAGE);
+    const char *operand = optind < argc ? argv[optind++] : "Nothing";
+    int threads;
+    if (!parse_integer(operand, 1, MAX_THREADS, &threads)) {
+        report_error("%s is not a number of threads from 1 to 64.", operand);
+        exit_with_usage(USAGE, 2);
+    }
+    settings.seed = parse_seed(argv[optind], USAGE);
 
     Session session;
     int result = build_session(&session, &settings);
-    CpuTime before = thread_cpu_time();
-    if (result == 0) result = init_thr_pool((int)threads);
+    CpuTime loading = thread_cpu_time();
+    if (result == 0) result = init_thr_pool(threads);
     if (result == 0) {
-        result = serve(generate, &session, argv + optind, argc - optind);
+        result = serve(generate, &session, argv + optind + 1, argc - optind - 1);
         close_thr_pool();
-        print_usage(before);
+        print_cpu_times(loading);
     }
     free_session(&session);
     return result < 0 || flush_output() < 0 ? 1 : 0;

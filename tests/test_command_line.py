@@ -10,7 +10,8 @@ class UsageTest(SessionTestCase):
     BAD_SEEDS = ("abc", "-1", "1x", "", " ", "1 ", "0x10", "1.5", "18446744073709551616", "9" * 40)
     BAD_OPTIONS = (("-z",), ("-t", "hot"), ("-t", "-1"), ("-t", "nan"), ("-t", "inf"), ("-t", ""),
                    ("-p", "1.1"), ("-p", "-0.1"), ("-p", "nan"), ("-p", "x"), ("-m", "0"),
-                   ("-m", "-5"), ("-m", "1x"), ("-m", "99999999999999999999"), ("-m", ""))
+                   ("-m", "-5"), ("-m", "1x"), ("-m", "99999999999999999999"), ("-m", ""),
+                   ("-m", " 5"), ("-m", "+5"), ("-m", "5 "), ("-m", "-"), ("-m", "0x5"))
     BAD_POLICY_OPTIONS = (
         ("-s", "SCHED_"), ("-s", ""), ("-s", "SCHED_SOON"), ("-s", "SCHED_4"), ("-s", "99"),
         ("-n", "20"), ("-n", "-21"), ("-n", "x"), ("-n", ""), ("-n", "1.5"),
@@ -66,31 +67,38 @@ class UsageTest(SessionTestCase):
             self.assertEqual((session.status, session.text), (2, ""))
             self.assertRegex(session.errors, r"\A-k -1: expected .*\nUsage: ")
 
-    def test_options_may_stand_behind_the_seed(self):
-        """Before it, behind it, and behind the thread count, whatever getopt(3) does elsewhere."""
-        for program, operands in ((MAIN, (42,)), (INFERENCE, (42,)), (PARALLEL, (2, 42))):
-            for environment in ({}, {"POSIXLY_CORRECT": "1"}):
-                texts = set()
-                for i in range(len(operands) + 1):
-                    arguments = (*operands[:i], "-d", TINY, "-t", 0, *operands[i:])
-                    session = self.run_to_end(program, *arguments, typed="My name is Zelda.\n",
-                                              env=environment)
-                    self.assertEqual((session.status, len(replies(session.text))), (0, 1),
-                                     (program.name, arguments))
-                    texts.add(str(replies(session.text)))
-                self.assertEqual(len(texts), 1)
+    def test_options_may_stand_anywhere(self):
+        """Before and after the seed, the thread count and the prompts; a value may be attached."""
+        for program, operands in ((MAIN, (42,)), (INFERENCE, (42, "Go on.")),
+                                  (PARALLEL, (2, 42, "Go on."))):
+            texts = set()
+            for i in range(len(operands) + 1):
+                arguments = (*operands[:i], "-d", TINY, "-t0", *operands[i:])
+                session = self.run_to_end(program, *arguments, typed="Go on.\n")
+                self.assertEqual((session.status, len(replies(session.text))), (0, 1),
+                                 (program.name, arguments, session.errors))
+                texts.add(str(replies(session.text)))
+            self.assertEqual(len(texts), 1)
 
-    def test_prompts_are_no_options(self):
-        """Behind the first prompt and behind -- everything is a prompt."""
+    def test_two_dashes_end_the_options(self):
+        """Prompts that begin with a dash stand after them."""
         for program, operands in ((INFERENCE, (42,)), (PARALLEL, (2, 42))):
-            for arguments, prompts in ((("Hello!", "-h"), 2), (("Hello!", "-t", "x"), 3),
-                                       (("--", "-h"), 1), (("--", "--"), 1)):
+            for arguments, prompts in (((*operands, "Hello!", "--", "-h"), 2),
+                                       (("--", *operands, "-t", "x"), 2),
+                                       ((*operands, "--", "--"), 1)):
                 with self.subTest(program=program.name, arguments=arguments):
-                    session = self.run_to_end(program, "-d", TINY, *operands, *arguments)
+                    session = self.run_to_end(program, "-d", TINY, *arguments)
                     self.assertEqual((session.status, session.errors), (0, ""))
                     self.assertEqual(len(replies(session.text)), prompts)
-            session = self.run_to_end(program, "-d", TINY, "--", *operands, "-h")
-            self.assertEqual(len(replies(session.text)), 1, session.text)
+
+    def test_an_unknown_option_is_named(self):
+        """A short one, a long one, and one among the prompts; so is an option without a value."""
+        for arguments, message in ((("-z",), "-z is not an option."),
+                                   (("--zoom", 42), "--zoom is not an option."),
+                                   ((42, "Hello!", "-z"), "-z is not an option."),
+                                   ((42, "-t"), "-t needs a value.")):
+            for program in (MAIN, INFERENCE, PARALLEL):
+                self.assertEqual(self.run_to_end(program, *arguments).errors.splitlines()[0], message)
 
     def test_a_bad_value_names_what_is_allowed(self):
         """In the first line, and nothing else is wrong."""

@@ -1,37 +1,18 @@
-"""Calls that fail or come late at a bad moment: nothing hangs, and one line reports the cause."""
+"""What the system refuses: descriptors, processes, memory, disk space, /proc, a reader. Nothing hangs,
+and one line reports the cause.
+"""
+import contextlib
 import os
 import resource
-import shlex
+import shutil
 import signal
 import subprocess
 import time
 import unittest
 from pathlib import Path
 
-from artifacts import BUILD
-from support import (INFERENCE, MAIN, PATIENCE, TESTS, TINY, SessionTestCase, replies,
+from support import (AT_ONCE, INFERENCE, MAIN, PARALLEL, PATIENCE, TINY, SessionTestCase, replies,
                      wait_until)
-
-SILENT = """
-time.sleep(600)
-"""
-
-
-def faults():
-    """The path of the library that makes calls fail, compiled again if its source is newer."""
-    source, path = TESTS / "helpers" / "faults.c", Path(BUILD, "faults.so")
-    if not path.exists() or path.stat().st_mtime < source.stat().st_mtime:
-        path.parent.mkdir(exist_ok=True)
-        subprocess.run([*shlex.split(os.environ.get("CC", "gcc")), "-Wall", "-Wextra", "-shared",
-                        "-fPIC", "-o", path, source, "-ldl"], check=True)
-    return path
-
-
-def with_fault(name):
-    """The environment in which a call fails. (AddressSanitizer demands to be the first library.)"""
-    sanitizer = os.environ.get("ASAN_OPTIONS", "")
-    return {"LD_PRELOAD": str(faults()), "FAULT": name,
-            "ASAN_OPTIONS": f"{sanitizer}:verify_asan_link_order=0".strip(":")}
 
 
 class FailureTest(SessionTestCase):
@@ -43,70 +24,55 @@ class FailureTest(SessionTestCase):
         for word in words:
             self.assertIn(word, errors[0])
 
-    def assert_reported(self, name, *words):
-        """With this call failing, main ends by itself with one line. Returns the session."""
-        session = self.start(MAIN, "-d", TINY, 42, env=with_fault(name))
-        session.status = session.finish()
-        self.assert_one_line(session, *words)
-        return session
+    def start_with_fault(self, fault, *command):
+        """A session in which strace(1) makes system calls fail, see its option -e inject."""
+        strace = ("strace", "-DDD", "-o", "/dev/null")
+        if not shutil.which("strace") or subprocess.run([*strace, "true"]).returncode != 0:
+            self.skipTest("needs strace")
+        return self.start(*strace, "-e", f"inject={fault}", *command,
+                          env={"ASAN_OPTIONS": os.environ.get("ASAN_OPTIONS", "") + ":detect_leaks=0"})
 
-    def test_a_failure_between_fork_and_exec_is_reported(self):
-        """The child cannot become the engine: it reports the cause, exits, and main exits, too."""
-        for name in ("setenv", "dup2", "start"):
-            with self.subTest(name):
-                session = self.assert_reported(name, "Cannot prepare the engine's process")
-                self.assertIn("Child exited with 1\n", session.text)
+    def test_what_should_never_fail_ends_the_chat(self):
+        """die() names the call, prints no figure from it, and leaves no engine behind."""
+        for fault, program in (("clock_getres:error=EPERM", MAIN), ("getrusage:error=EPERM", PARALLEL),
+                               ("timerfd_settime:error=EPERM", MAIN), ("wait4:error=EPERM", MAIN)):
+            with self.subTest(fault):
+                operands = (2, 42) if program == PARALLEL else (42,)
+                session = self.start_with_fault(fault, program, "-d", TINY, *operands)
+                session.send("Hello!\n")
+                session.end_input()
+                self.assertEqual(session.process.wait(PATIENCE), 1)
+                session.wait_for_orphans()
+                call = {"clock_getres": "clock_getcpuclockid", "wait4": "waitpid"}
+                name = fault.split(":")[0]
+                session.status = session.process.returncode
+                self.assert_one_line(session, call.get(name, name), "Operation not permitted")
+                self.assertNotIn("user:", session.text)
 
-    def test_a_wait_that_fails_is_reported(self):
-        """ppoll(2) or the signals' read(2) fails: main can wait for no event any more, so it kills
-        the engine and exits."""
-        for name in ("ppoll", "signalfd"):
-            with self.subTest(name):
-                self.assert_reported(name, "Cannot wait for the engine")
+    def test_no_descriptor_is_left(self):
+        """However many main may open, it works or ends with a line, and leaves no engine."""
+        for limit in range(4, 12):
+            with self.subTest(limit):
+                session = self.run_to_end(
+                    MAIN, "-d", TINY, 42, typed="Hello!\n",
+                    prepare=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)))
+                if session.status != 0:
+                    self.assert_one_line(session, "open")
+        self.assertEqual(session.status, 0, session.errors)
 
-    def test_signals_that_cannot_be_blocked_are_reported(self):
-        """Nothing is started then."""
-        session = self.assert_reported("sigprocmask", "Cannot block signals")
+    def test_no_process_is_left(self):
+        """The line names the limit."""
+        folder = self.folder()
+        folder.chmod(0o755)
+        main = shutil.copy(MAIN, folder)
+
+        def limit_processes():
+            if os.geteuid() == 0:  # root has no limit
+                os.setuid(65534)
+            resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+        session = self.run_to_end(main, 42, prepare=limit_processes)
+        self.assert_one_line(session, "Cannot start the engine", "ulimit")
         self.assertEqual(session.text, "")
-
-    def test_a_return_pipe_that_cannot_be_read_is_reported(self):
-        """The engine is asked to exit, since none of its bytes would be seen."""
-        self.assert_reported("returns", "Cannot read the return pipe")
-
-    def test_an_engine_that_cannot_be_signalled(self):
-        """main reports it and exits, and the kernel kills the engine."""
-        session = self.chat(42, env=with_fault("kill"))
-        session.read_until(">>> ")
-        time.sleep(0.5)  # so that the engine waits for the signal and finds no prompt without it
-        session.send("Hello!\n")
-        self.assertEqual(session.process.wait(PATIENCE), 1)
-        session.wait_for_orphans()
-        self.assertRegex(session.errors, r"\ACannot send the prompt: [^\n]*\n"
-                                         r"Cannot kill the engine: [^\n]*\n\Z")
-
-    def test_an_engine_that_cannot_wait_for_a_prompt(self):
-        """It exits, and so does main."""
-        session = self.assert_reported("sigwaitinfo", "Cannot wait for a prompt")
-        self.assertIn("Child exited with 1\n", session.text)
-
-    def test_a_failing_waitpid_is_reported(self):
-        """waitpid(2) fails: no other event would end the chat."""
-        session = self.chat(42, env=with_fault("waitpid"))
-        session.end_input()
-        session.status = session.process.wait(PATIENCE)
-        self.assert_one_line(session, "exit status")
-
-    def test_a_prompt_that_cannot_be_sent_is_reported(self):
-        """The chat ends, also if the engine does not."""
-        for body in (None, SILENT):
-            with self.subTest(body):
-                environment = with_fault("prompt")
-                session = (self.start_fake("report()\n" + body, env=environment) if body else
-                           self.chat(42, env=environment))
-                session.read_until(">>> ")
-                session.send("FAULT\n")
-                session.status = session.finish()
-                self.assert_one_line(session, "Cannot send the prompt")
 
     def test_an_engine_that_reads_nothing_does_not_block_main(self):
         """Its pipe fills up with prompts; then main ends the chat instead of blocking."""
@@ -116,40 +82,12 @@ class FailureTest(SessionTestCase):
         session.status = session.finish()
         self.assert_one_line(session, "Cannot send the prompt")
 
-    def test_a_byte_that_cannot_be_returned_is_reported(self):
-        """The engine exits if it cannot report that it is ready; main would wait for it."""
-        session = self.assert_reported("byte", "return pipe")
-        self.assertIn("Child exited with 1\n", session.text)
-
     def test_a_read_error_is_reported(self):
         """Input that cannot be read is no end of input; status 1."""
         for program in (MAIN, INFERENCE):
             with self.subTest(program.name):
                 session = self.run_to_end("sh", "-c", 'exec "$0" -d "$1" 42 </', program, TINY)
                 self.assert_one_line(session, "Cannot read the input", "directory")
-
-    def test_an_engine_that_has_died_gets_no_signal(self):
-        """Its pid may be another process's by then. main finds out that stdout has no reader only
-        when it prints how the engine ended."""
-        session = self.start_fake('report()\nwait_for("end")\n', env=with_fault("reaped"))
-        session.read_until(">>> ")
-        session.hang_up()
-        session.release("end")
-        self.assertEqual(session.finish(), 1)
-
-    def test_an_output_that_cannot_be_written_is_reported_besides_other_errors(self):
-        """The prompt mark is written, the input cannot be read, and nothing more can be written."""
-        folder = self.folder()
-
-        def unreadable_input_and_full_output():
-            os.dup2(os.open(folder, os.O_RDONLY), 0)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-            os.dup2(os.open(folder / "output", os.O_WRONLY | os.O_CREAT), 1)
-            os.lseek(1, 1000 - len(">>> "), os.SEEK_SET)
-        session = self.start(MAIN, "-d", TINY, 42, prepare=unreadable_input_and_full_output)
-        self.assertEqual(session.finish(), 1)
-        self.assertRegex(session.errors, r"\ACannot read the input: [^\n]*\n"
-                                         r"Cannot write the output: File too large.\n\Z")
 
     def test_an_output_that_cannot_be_written_is_reported_once(self):
         """By the engine or by main, also if what is lost is the last message."""
@@ -175,7 +113,7 @@ class FailureTest(SessionTestCase):
         self.assert_one_line(session, "Cannot write the output: No space left")
 
     def test_a_log_that_cannot_be_written_is_reported_once(self):
-        """On the terminal of stdout, after the reply; the chat goes on."""
+        """On the terminal of stdout, on a line of its own; the chat goes on."""
         def full_disk():
             os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
         session = self.chat(42, terminal=True, prepare=full_disk)
@@ -199,7 +137,7 @@ class FailureTest(SessionTestCase):
         """main ignores SIGXFSZ, the engine does not; the report names it."""
         session = self.start_fake("signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
                                   "signal.raise_signal(signal.SIGXFSZ)\n")
-        self.assert_ends(session, 1, "153 (SIGXFSZ)")
+        self.assert_ends(session, 1, "153 (File size limit exceeded)")
         # python itself ignores SIGXFSZ, so the engine's first moment is seen by sh
         shell = self.main_with_engine("")
         (shell.parent / "inference").write_text("#!/bin/sh\ngrep SigIgn /proc/self/status\n")
@@ -216,27 +154,48 @@ class FailureTest(SessionTestCase):
         session.finish()
         self.assertIn("SIG_IGN", session.text)
 
-    def test_without_proc(self):
-        """The engine is found beside main; only the log is missing, and a line reports why."""
-        script = 'mount -t tmpfs none /proc && echo ready && exec "$0" -d "$1" 42'
-        session = self.run_to_end("unshare", "-rm", "sh", "-c", script, MAIN, TINY,
+    def run_without_proc(self, *options):
+        """A chat with one prompt, in a place without /proc."""
+        script = 'mount -t tmpfs none /proc && echo ready && exec "$0" -d "$@"'
+        session = self.run_to_end("unshare", "-rm", "sh", "-c", script, MAIN, TINY, *options, 42,
                                   typed="My name is Zelda.\n", cwd="/")
         if "ready" not in session.text:
             self.skipTest("/proc cannot be hidden here: " + session.errors.strip())
         if "Sanitizer" in session.errors:
             self.skipTest("a sanitizer needs /proc")
-        self.assertIn("Hello Zelda!", session.text)
-        self.assertEqual(session.status, 0)
-        self.assertRegex(session.errors, r"\AThe log is not complete: /proc/[^\n]*\n\Z")
+        return session
+
+    def test_without_proc(self):
+        """The engine is found beside main; only the log is missing, and a line reports why."""
+        for options in ((), ("-s", "BATCH"), ("-j", 2)):
+            session = self.run_without_proc(*options)
+            self.assertIn("Hello Zelda!", session.text)
+            self.assertEqual(session.status, 0)
+            self.assertRegex(session.errors, r"\AThe log is not complete: /proc/[^\n]*\n\Z")
+
+    def test_a_policy_of_threads_needs_proc(self):
+        """Without it main cannot find them, and the refusal says so."""
+        self.assert_one_line(self.run_without_proc("-j", 2, "-s", "BATCH"), "SCHED_BATCH", "/proc")
 
 
 class LateReadTest(SessionTestCase):
     """Input that poll(2) has reported may be gone when main reads it: main must not block."""
 
     def late(self, **options):
-        session = self.chat(42, env=with_fault("late_read"), **options)
+        """A chat whose next read(2) begins half a second late, by strace(1)."""
+        session = self.chat(42, **options)
         session.read_until(">>> ")
-        time.sleep(0.7)  # the engine's own start, so that main watches stdin
+        session.ask("Hello!")
+        status = Path(f"/proc/{session.pid}/status")
+        if not shutil.which("strace"):
+            self.skipTest("needs strace")
+        tracer = subprocess.Popen(["strace", "-qq", "-o", "/dev/null", "-p", str(session.pid),
+                                   "-e", "inject=read:delay_enter=500000:when=1"])
+        self.addCleanup(tracer.wait)
+        self.addCleanup(tracer.kill)
+        wait_until(lambda: tracer.poll() or "TracerPid:\t0" not in status.read_text(), "it attaches")
+        if tracer.poll():
+            self.skipTest("strace may not attach")
         return session
 
     def test_ctrl_c_behind_a_line(self):
@@ -245,7 +204,7 @@ class LateReadTest(SessionTestCase):
         session.send("Hello!\n")
         time.sleep(0.2)
         session.send("\x03")
-        self.assert_ends(session, 130, "130 (SIGINT)")
+        self.assert_ends(session, 130, "130 (Interrupt)")
 
     def test_a_second_reader(self):
         """Another process takes the line from the pipe; the next one is answered."""
@@ -257,46 +216,74 @@ class LateReadTest(SessionTestCase):
         os.close(thief)
         time.sleep(0.6)
         session.signal(signal.SIGTERM)
-        self.assert_ends(session, 143, "143 (SIGTERM)")
+        self.assert_ends(session, 143, "143 (Terminated)")
 
 
 class BlockedOutputTest(SessionTestCase):
     """The output of main is not read: main still handles signals."""
 
-    def test_a_terminal_stopped_by_ctrl_s(self):
-        """main has a message about a prompt that is too long, and SIGTERM still ends it."""
-        session = self.chat(42, terminal=True)
+    def test_an_interrupt_in_a_terminal_stopped_by_ctrl_s(self):
+        """While main has a message about a prompt that is too long: Ctrl-C, and SIGTERM by kill."""
+        for end, status in (("\x03", 130), (None, 143)):
+            session = self.chat(42, terminal=True)
+            session.read_until(">>> ")
+            session.send("\x13")
+            for _ in range(2):
+                session.send("x" * 3000 + "\x04")  # Ctrl-D passes on a part of a line
+                time.sleep(0.1)
+            session.send("\n")
+            time.sleep(0.3)
+            if end:
+                session.send(end)
+            else:
+                session.signal(signal.SIGTERM)
+            self.assertEqual(session.process.wait(AT_ONCE), status)
+
+    def fill(self, session):
+        """Fills the pipe that is its stdout."""
+        writer = os.open(f"/proc/{session.pid}/fd/1", os.O_WRONLY | os.O_NONBLOCK)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * 4096)
+        os.close(writer)
+
+    def test_an_interrupt_while_a_full_pipe_is_not_read(self):
+        """While the model loads, at the prompt, and when the chat ends."""
+        for body in ("time.sleep(600)", "report()\nnext_prompt()\n",
+                     "report()\nsignal.sigwait([signal.SIGUSR1])\ntime.sleep(600)"):
+            for more in ("", "\n", None):
+                session = self.start_fake(body)
+                session.read_until(">>> ")
+                self.fill(session)
+                if more is None:
+                    session.end_input()
+                else:
+                    session.send(more)
+                time.sleep(0.1)
+                session.signal(signal.SIGTERM)
+                self.assertEqual(session.process.wait(AT_ONCE), 143)
+
+    def test_the_engine_prints_nothing_before_the_newline_at_the_end(self):
+        """It is told to exit when the newline is written: ">>> Thread 0 has completed" was possible."""
+        session = self.start_fake("report()\nsignal.sigwait([signal.SIGUSR1])\n"
+                                  "os.write(2, b'told')\nput('Bye.\\n')\n")
         session.read_until(">>> ")
-        session.send("\x13")
-        for _ in range(2):
-            session.send("x" * 3000 + "\x04")  # Ctrl-D passes on a part of a line
-            time.sleep(0.1)
-        session.send("\n")
-        time.sleep(0.3)
-        session.signal(signal.SIGTERM)
-        self.assertEqual(session.process.wait(PATIENCE), 143)
+        self.fill(session)
+        session.end_input()
+        time.sleep(0.5)
+        self.assertEqual(session.errors, "", "told before the newline is written")
+        self.assert_ends(session, 0, "0")
+        self.assertRegex(session.text, r"x\nBye\.\nChild exited")
 
-    def test_stray_signals_before_the_chat(self):
-        """SIGUSR1 and SIGUSR2 do not kill a main that has not even started its engine."""
-        output = self.full_pipe()
-        session = self.start(MAIN, "-d", TINY, 0, prepare=lambda: os.dup2(output, 1))
-        wait_until(lambda: [process for process in session.family() if process.state == "S"],
-                   "it waits to print the seed")
-        session.signal(signal.SIGUSR1)
-        session.signal(signal.SIGUSR2)
-        with self.assertRaises(subprocess.TimeoutExpired):
-            session.process.wait(0.3)
-
-    def test_the_shell_s_description_keeps_its_flags(self):
-        """What main shares with the shell does not become non-blocking; its own stdout is."""
+    def test_what_main_inherits_stays_as_it_is(self):
+        """stdin, stdout and stderr of the shell and the engine do not become non-blocking."""
         for terminal in (True, False):
             session = self.chat(42, terminal=terminal)
             session.read_until(">>> ")
             session.ask("Hello!")
-            self.assertTrue(self.is_non_blocking(session.pid, 1))
-            self.assertFalse(self.is_non_blocking(session.pid, 0))
-            for fd in (0, 1, 2):
-                self.assertFalse(self.is_non_blocking(session.engine, fd))
+            for pid in (session.pid, session.engine):
+                for fd in (0, 1, 2):
+                    self.assertFalse(self.is_non_blocking(pid, fd))
 
     @staticmethod
     def is_non_blocking(pid, fd):

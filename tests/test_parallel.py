@@ -172,8 +172,8 @@ class FrontEndTest(SessionTestCase):
 
     def test_interrupts_and_death_while_generating(self):
         """As with one thread: passed on and reported; a killed engine is noticed at once."""
-        for number, status, ending in ((signal.SIGINT, 130, "130 (SIGINT)"),
-                                     (signal.SIGTERM, 143, "143 (SIGTERM)")):
+        for number, status, ending in ((signal.SIGINT, 130, "130 (Interrupt)"),
+                                     (signal.SIGTERM, 143, "143 (Terminated)")):
             session = self.start_pool("-m", 900, 42, directory=self.noise_model())
             session.send("Go on.\n")
             session.wait_for_log_lines(1)
@@ -183,7 +183,7 @@ class FrontEndTest(SessionTestCase):
         session.send("Go on.\n")
         session.wait_for_log_lines(1)
         os.kill(session.engine, signal.SIGKILL)
-        self.assert_ends(session, 1, "137 (SIGKILL)")
+        self.assert_ends(session, 1, "137 (Killed)")
 
     def test_the_end_of_the_input_lets_the_reply_finish(self):
         """The prompt before the end of the input is answered."""

@@ -102,6 +102,22 @@ class PolicyTest(PolicyTestCase):
         times = struct.unpack("<IIQiIQQQ", attributes)[-3:]
         self.assertEqual(times, (2_000_000, 20_000_000, 30_000_000))
 
+    def test_the_policy_is_set_when_the_model_is_loaded(self):
+        """Every policy in the same way: before the first prompt, not before the engine is ready."""
+        session = self.start_fake("""
+            put(f"loading: {os.sched_getscheduler(0)}\\n")
+            wait_for("loaded")
+            report()
+            next_prompt()
+            put(f"prompt: {os.sched_getscheduler(0)}\\n")
+            report()
+            next_prompt()
+            """, "-s", "BATCH")
+        session.read_until(f"loading: {os.sched_getscheduler(0)}\n")
+        session.release("loaded")
+        session.send("Hello!\n")
+        session.read_until(f"prompt: {os.SCHED_BATCH}\n")
+
     def test_names_are_taken_in_any_case(self):
         """With and without SCHED_."""
         for name in ("SCHED_BATCH", "BATCH", "batch", "sched_batch", "Sched_Batch"):
@@ -131,12 +147,12 @@ class PoolPolicyTest(PolicyTestCase):
         return threads
 
     def test_policy_and_nice_reach_every_thread(self):
-        """What is set before exec is inherited; a nice value belongs to each thread by itself."""
+        """Both belong to each thread by itself."""
         for thread in self.assert_policy_of_threads(("-s", "BATCH", "-n", 7), os.SCHED_BATCH):
             self.assertEqual(os.getpriority(os.PRIO_PROCESS, thread), 7)
 
     def test_deadline_reaches_every_thread(self):
-        """SCHED_DEADLINE is not inherited: it is set for each thread when the engine is ready."""
+        """It forbids new threads, so the engine must have created them."""
         self.need_all_cpus()
         self.assert_policy_of_threads(("-s", "DEADLINE", *SHORT_TIMES), SCHED_DEADLINE)
 
@@ -162,22 +178,25 @@ class RefusalTest(PolicyTestCase):
             self.assertRegex(session.errors, r"\A[^\n]+\n\Z")
             for word in words:
                 self.assertIn(word, session.errors)
+            self.assertNotIn("needs root", session.errors)  # which root has, and may not suffice
 
     def test_a_missing_privilege_is_reported(self):
         """EPERM names the policy and CAP_SYS_NICE; exit status 1 with stdin still open."""
         lower = os.getpriority(os.PRIO_PROCESS, 0) - 1
         for options in (("-s", "FIFO"), ("-s", "RR", "-r", 50), ("-s", "DEADLINE", *TIMES)):
-            self.assert_refused(options, f"SCHED_{options[1]}", "CAP_SYS_NICE",
+            self.assert_refused(options, f"SCHED_{options[1]}", "CAP_SYS_NICE", "container",
                                 prepare=drop_privilege)
         for policy in ("OTHER", "BATCH", "IDLE"):
             self.assert_refused(("-s", policy, "-n", lower), f"SCHED_{policy}", "CAP_SYS_NICE",
                                 f"the nice value {lower}", prepare=drop_privilege)
 
-    def test_after_a_refusal_no_engine_runs(self):
-        """The child waits for its start byte, and exits when that cannot come any more."""
-        session = self.start_fake("put('started')\n", "-s", "FIFO", prepare=drop_privilege)
-        self.assertEqual(session.finish(), 1)
-        self.assertEqual(session.text, "")
+    def test_after_a_refusal_no_prompt_is_answered(self):
+        """The engine is told to exit, and gets no prompt."""
+        session = self.start_fake("report()\nput('Prompt: ' + next_prompt().decode())\n",
+                                  "-s", "FIFO", prepare=drop_privilege)
+        session.send("Hello!\n")
+        self.assert_ends(session, 1, "0")
+        self.assertNotIn("Prompt: ", session.text)
 
     def test_an_affinity_too_narrow_for_deadline_is_reported(self):
         """EPERM in spite of the privilege: the message mentions the affinity."""

@@ -1,10 +1,13 @@
 """Lines of input as terminals, files and pipes give them, and what the user of a terminal sees."""
+import array
+import fcntl
 import os
 import signal
+import termios
 import time
 import unittest
 
-from support import INFERENCE, MAIN, TINY, SessionTestCase, replies
+from support import INFERENCE, MAIN, PATIENCE, TINY, SessionTestCase, replies
 
 
 class InputTest(SessionTestCase):
@@ -98,16 +101,24 @@ class ScreenTest(SessionTestCase):
         session.read_until("done.\n>>> ")
         self.assertIn("Well, done.\n", session.text)
 
-    def test_the_log_on_the_same_terminal_has_lines_of_its_own(self):
-        """A hint at the start, and no log line behind half a line of the reply."""
-        session = self.start_fake("report()\nnext_prompt()\nput('Well, ')\ntime.sleep(0.7)\n"
-                                  "put('done.\\n')\nreport()\nnext_prompt()\n",
-                                  terminal=True, errors_to_terminal=True)
-        self.assertIn("2>log", session.read_until(">>> "))
-        session.send("Hello!\n")
-        session.read_until("done.", ">>> ")
-        self.assertEqual(session.text.count("[pid]"), session.text.count("\n[pid]"))
-        self.assertGreaterEqual(session.text.count("[pid]"), 2)
+    def test_a_log_among_the_replies_has_lines_of_its_own(self):
+        """In the same terminal, pipe (2>&1 | tee both) or file; the terminal gets a hint."""
+        file = self.folder() / "both"
+
+        def output_to_file():
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), 1)
+            os.dup2(1, 2)
+        for terminal, prepare in ((True, None), (False, None), (False, output_to_file)):
+            session = self.start_fake("report()\nnext_prompt()\nput('Well, ')\ntime.sleep(0.7)\n"
+                                      "put('done.\\n')\nreport()\nnext_prompt()\n", prepare=prepare,
+                                      terminal=terminal, errors_to_terminal=True)
+            session.send("Hello!\n")
+            session.end_input()
+            self.assertEqual(session.finish(), 0)
+            text = file.read_text() if prepare else session.text
+            self.assertEqual(text.count("[pid]"), text.count("\n[pid]"), text)
+            self.assertGreaterEqual(text.count("[pid]"), 2)
+            self.assertEqual("2>log" in text, terminal)
 
     def test_the_user_decides_about_colours(self):
         """NO_COLOR or a terminal that is called dumb: none."""
@@ -116,6 +127,23 @@ class ScreenTest(SessionTestCase):
             session.read_until(">>> ")
             session.ask("Hello!")
             self.assertNotIn("\x1b", session.text)
+
+    def test_pasted_lines_do_not_reach_the_shell(self):
+        """If the engine dies in its first reply, the next line is unread: the shell would run it."""
+        session = self.start_fake("report()\nnext_prompt()\nput('Well')\nwait_for('end')\n"
+                                  "sys.exit(1)\n", terminal=True)
+        session.read_until(">>> ")
+        shell = os.open(os.readlink(f"/proc/{session.pid}/fd/0"), os.O_RDWR | os.O_NOCTTY)
+        session.send("Hello!\nrm -r *\n")
+        session.read_until("Well")
+        unread = array.array("i", [0])
+        fcntl.ioctl(shell, termios.FIONREAD, unread)
+        self.assertEqual(unread[0], len("rm -r *\n"))
+        session.release("end")
+        self.assertEqual(session.process.wait(PATIENCE), 1)
+        fcntl.ioctl(shell, termios.FIONREAD, unread)
+        self.assertEqual(unread[0], 0)
+        os.close(shell)
 
     def test_no_hint_where_the_log_is_apart(self):
         """A log in a file disturbs nothing."""

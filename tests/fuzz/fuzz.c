@@ -205,8 +205,9 @@ static void fuzz_lines(Input *in) {
         size_t size = end - start;
         while (size > 0 && text[start + size - 1] == '\r') size--;
         bool too_long = size > MAX_PROMPT_LEN || end - start > MAX_PROMPT_LEN + 1;
-        int expected = too_long ? LINE_TOO_LONG : (int)size, count;
-        if (expected >= 0 && is_blank(text + start, size)) expected = 0;
+        size_t blanks = 0;
+        while (blanks < size && isspace((unsigned char)text[start + blanks])) blanks++;
+        int expected = too_long ? LINE_TOO_LONG : blanks == size ? 0 : (int)size, count;
         while ((count = next_line(reader, line)) == NO_LINE_YET) {
             send_piece(fds[1], text, length, &sent, pace);
             read_more(reader);
@@ -218,7 +219,7 @@ static void fuzz_lines(Input *in) {
         send_piece(fds[1], text, length, &sent, pace);
         read_more(reader);
     }
-    require(next_line(reader, line) == END_OF_INPUT && reader->error == 0, "no end of the input");
+    require(next_line(reader, line) == END_OF_INPUT && !reader->failed, "no end of the input");
     close(fds[0]);
     free(reader), free(line);
 }
