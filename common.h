@@ -76,8 +76,8 @@ __attribute__((format(printf, 1, 2))) static inline int report_error(const char 
     return -1;
 }
 
-// Ends the program after a call has failed that never fails on a working system, as no answer to
-// that would ever be needed. If the front end dies, the kernel kills the engine (PR_SET_PDEATHSIG).
+// Ends the program after a failure that a working system does not produce: no user needs more care
+// here. If the front end dies, the kernel kills the engine (PR_SET_PDEATHSIG).
 _Noreturn static inline void die(const char *call) {
     report_error("%s failed: %s.", call, strerror(errno));
     exit(1);
@@ -93,9 +93,9 @@ static inline int flush_output(void) {
 }
 
 // Occupies those of the descriptors 0, 1 and 2 that are closed or open for the wrong direction;
-// must be called before any other descriptor is opened. Then no other file gets such a number,
-// which output for stdout or stderr would end up in. /dev/null is opened for the wrong direction,
-// so that using the descriptor fails at once, with EBADF.
+// must be called before any other descriptor is opened. Then no other file gets such a number, and
+// with it the output for stdout or stderr. /dev/null is opened for the wrong direction, so that
+// using the descriptor fails at once, with EBADF.
 static inline void reserve_standard_fds(void) {
     for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++) {
         int wrong = fd == STDIN_FILENO ? O_WRONLY : O_RDONLY, flags = fcntl(fd, F_GETFL);

@@ -85,13 +85,13 @@ static void report_policy_error(const SchedulingAttributes *attributes, int erro
     if (policies[attributes->policy].option == 'n')
         snprintf(nice, sizeof(nice), " with the nice value %d", attributes->nice);
     if ((error == EPERM || error == EACCES) && attributes->policy == SCHED_DEADLINE)
-        advice = "it needs CAP_SYS_NICE (sudo) and an affinity to all CPUs of the machine; a "
-                 "container or a cgroup may forbid it";
+        advice =
+            "it needs an affinity to all CPUs of the machine and CAP_SYS_NICE, which sudo gives "
+            "unless a container or a cgroup forbids it";
     else if (error == EPERM || error == EACCES)
-        advice = "it needs CAP_SYS_NICE (sudo) or a resource limit that allows it (ulimit -e, -r); "
-                 "a container or a cgroup may forbid it";
-    else if (error == EBUSY)
-        advice = "the CPUs have no time left for such deadlines of all threads";
+        advice = "it needs a resource limit that allows it (ulimit -e, -r) or CAP_SYS_NICE, which "
+                 "sudo gives unless a container or a cgroup forbids it";
+    else if (error == EBUSY) advice = "the CPUs have no time for such deadlines of all threads";
     else if (error == EINVAL) advice = "it needs 1024 ns <= runtime <= deadline <= period <= 4 s";
     else if (error == ENOENT) advice = "it needs /proc to find the threads of the engine";
     report_error("Cannot set %s%s (%s): %s.", policies[attributes->policy].name, nice,
@@ -186,7 +186,7 @@ static void parse_options(Options *options, char **arguments, int argc, char **a
     if (extra) report_error("%s: one seed is enough.", argv[optind + 1]);
     if (wrong)
         report_error("Of -n, -r and -D, %s %s -%c.", policies[attributes->policy].name,
-                     taken == 'D' ? "needs" : "takes only", taken);
+                     taken == 'D' && !values['D'] ? "needs" : "takes only", taken);
     if (extra || wrong) exit_with_usage(USAGE, 2);
     if (optind < argc) options->settings.seed = parse_seed(argv[optind], USAGE);
 

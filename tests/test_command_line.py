@@ -105,7 +105,9 @@ class UsageTest(SessionTestCase):
         for options, allowed in ((("-t", "abc"), "0.01 to 100"), (("-p", 2), "0 to 1"),
                                  (("-m", 0), "1 to 1000000"), (("-s", "foo"), "DEADLINE"),
                                  (("-n", 99), "-20 to 19"), (("-r", 0), "1 to 99"),
-                                 (("-j", 65), "1 to 64"), (("-D", "10ms"), "10ms:20ms:20ms")):
+                                 (("-j", 65), "1 to 64"), (("-D", "10ms"), "10ms:20ms:20ms"),
+                                 (("-s", "RR", "-n", 1), "SCHED_RR takes only -r"),
+                                 (("-s", "DEADLINE"), "SCHED_DEADLINE needs -D")):
             first, second = self.run_to_end(MAIN, *options).errors.splitlines()[:2]
             self.assertIn(allowed, first)
             self.assertIn("Usage", second)
