@@ -116,7 +116,7 @@ static inline bool has_colors(void) {
 static inline double seconds(clockid_t clock) {
     struct timespec now;
     if (clock_gettime(clock, &now) < 0) die("clock_gettime");
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+    return (double)now.tv_sec + (double)now.tv_nsec / 1e9;
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@
 #define MODEL_H
 
 #include "common.h"
+#include <fenv.h>
 #include <float.h>
 #include <math.h>
 #include <stddef.h>
@@ -35,10 +36,9 @@
 #include <sys/auxv.h>
 #endif
 
-// Options that would give other text do not compile, as far as the compiler defines a macro for
-// them.
-#if defined(__FAST_MATH__) || __FINITE_MATH_ONLY__ || defined(__ASSOCIATIVE_MATH__) ||             \
-    defined(__RECIPROCAL_MATH__)
+// Options that would give other text do not compile. gcc's -ffast-math and each part of it that
+// changes a bit set __GCC_IEC_559 to 0; of clang's parts see below.
+#if defined(__FAST_MATH__) || __FINITE_MATH_ONLY__ || (!defined(__clang__) && __GCC_IEC_559 == 0)
 #error "-ffast-math, -Ofast and parts of them change float operations: build without them, with -O3"
 #endif
 #if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16 // 16 is for _Float16, which is not used here
@@ -48,11 +48,14 @@
 #error "model.bin is little endian and is read as it is: build for a little-endian processor"
 #endif
 
-// A multiply and an add must round twice. Each compiler has a directive of its own for that.
+// A multiply and an add must round twice, and sums keep their order. Each compiler has directives of
+// its own for that.
 #if defined(__clang__)
+#pragma clang diagnostic ignored "-Wignored-pragmas" // clang 14 has float_control on x86 only
+#pragma float_control(precise, on) // overrides -fassociative-math, -freciprocal-math and the like
 #pragma STDC FP_CONTRACT OFF
 #else
-#pragma GCC optimize("fp-contract=off")
+#pragma GCC optimize("fp-contract=off", "no-associative-math")
 #pragma GCC optimize("O3") // unrolls the kernels in a build with -O2, too
 #endif
 
@@ -339,6 +342,15 @@ static const Kernels *choose_kernels(void) {
                  "variable for the best.",
                  wanted, names);
     return NULL;
+}
+
+// Returns whether products are rounded before they are added. clang's -ffp-contract=fast overrides
+// the pragma and defines no macro: only the result shows it.
+static bool rounds_products(const Kernels *kernels) {
+    const float x = 0x1.000002p0f; // its square is 0x1.000004000004p0
+    float sum = -0x1.000004p0f;
+    kernels->weighted_sum(&sum, &x, 1, 1, 1, &x, 1, 0);
+    return sum == 0;
 }
 
 // Returns how many floats ahead attention prefetches keys and values; 0: only what it loads. With
@@ -647,8 +659,13 @@ static void free_transformer(Transformer *t) {
 // cases.
 static int build_transformer(Transformer *t, const char *path) {
     ModelFile file;
+    fesetenv(FE_DFL_ENV); // linked with -ffast-math, a program flushes subnormals to zero
     *t = (Transformer){.kernels = choose_kernels(), .kv_ahead = choose_kv_ahead()};
-    if (t->kernels == NULL || open_model_file(&file, path) < 0) return -1;
+    if (t->kernels == NULL) return -1;
+    if (!rounds_products(t->kernels))
+        return report_error("This program was built with -ffp-contract=fast or an option that "
+                            "contains it, which changes the numbers: build it without.");
+    if (open_model_file(&file, path) < 0) return -1;
     int result = read_header(&t->config, &file);
     if (result == 0) result = build_weights(&t->weights, &t->config, &file);
     if (result == 0) result = build_state(&t->state, &t->config, path);
@@ -791,11 +808,13 @@ typedef struct {
 } LayerTokens;
 
 // Rotates the pairs (x[i], x[i + 1]) of a head by the angles of its position.
+// Adds -b * s: in a difference beside a sum, gcc 12 recognizes a complex product and fuses it into
+// vfmaddsub (x86) or fcmla (ARM), although fp-contract is off.
 static void rotate(float *x, const float *table, size_t head_size) {
     for (size_t i = 0; i < head_size; i += 2) {
         float a = x[i], b = x[i + 1], c = table[i], s = table[i + 1];
-        x[i] = a * c - b * s;
-        x[i + 1] = a * s + b * c;
+        x[i] = a * c + -b * s;
+        x[i + 1] = b * c + a * s;
     }
 }
 

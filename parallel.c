@@ -122,8 +122,8 @@ static CpuTime thread_cpu_time(void) {
     struct rusage usage;
     seconds(CLOCK_THREAD_CPUTIME_ID);
     if (getrusage(RUSAGE_THREAD, &usage) < 0) die("getrusage");
-    return (CpuTime){(double)usage.ru_utime.tv_sec + 1e-6 * (double)usage.ru_utime.tv_usec,
-                     (double)usage.ru_stime.tv_sec + 1e-6 * (double)usage.ru_stime.tv_usec};
+    return (CpuTime){(double)usage.ru_utime.tv_sec + (double)usage.ru_utime.tv_usec / 1e6,
+                     (double)usage.ru_stime.tv_sec + (double)usage.ru_stime.tv_usec / 1e6};
 }
 
 static void *thr_func(void *argument) {

@@ -1,10 +1,12 @@
 """The one-line builds work as they stand, and every build has the same arithmetic."""
+import json
 import re
 import shutil
 import subprocess
+import unittest
 from concurrent.futures import ThreadPoolExecutor
 
-from artifacts import COMPILER, TOP
+from artifacts import COMPILER, EMULATOR, TESTS, TOP, model_file
 from support import PATIENCE, TINY, SessionTestCase, replies
 
 BUILDS = (("inference", "inference.c", "-O3", "-lm"), ("main", "main.c"),
@@ -12,7 +14,17 @@ BUILDS = (("inference", "inference.c", "-O3", "-lm"), ("main", "main.c"),
 TOP_LEVEL = {"Makefile", "README.md", "common.h", "model.h", "main.c", "inference.c", "parallel.c",
              "avg_cpu_use.py", "tests", ".gitignore", ".clang-format", ".ci"}
 # x86, ARM and RISC-V instructions that round once where the recipe of the numbers rounds twice
-FUSED = re.compile(r"\b(vfn?m(add|sub|a|s)\w*|fn?m(add|sub)(\.[sd])?|fml[as]\w*)\b")
+FUSED = re.compile(r"\b(vfn?m(add|sub|a|s)\w*|fn?m(add|sub)(\.[sd])?|fml[as]\w*|fcmla|fcadd)\b")
+ARM = ("aarch64-linux-gnu-gcc", "-static"), ("qemu-aarch64", "-cpu", "max")
+# Options that let gcc 12 fuse a multiply-add or reorder a sum if the source does not prevent it:
+# compiler, emulator, options
+VARIANTS = []
+if COMPILER == ["gcc"]:
+    VARIANTS += [(*ARM, f"-O{level}", cpu) for level in (2, 3)
+                 for cpu in ("-march=armv8.3-a", "-mcpu=neoverse-v1")]
+if not EMULATOR:
+    VARIANTS += [(COMPILER, (), "-O2", "-march=native"), (COMPILER, (), "-O3", "-march=native"),
+                 (COMPILER, (), "-O2", "-w", "-fassociative-math")]  # -w: gcc warns of it
 PROMPTS = ("My name is Zelda.", "What is a pipe?", "What is my name?")
 REPLIES = [  # with seed 42, and SEQ LEN after each
     ("Hello Zelda! How can I help you?\n", 30),
@@ -25,7 +37,7 @@ REPLIES = [  # with seed 42, and SEQ LEN after each
 class BuildTest(SessionTestCase):
     def output_of(self, *command, cwd=TOP):
         """What a command prints on stdout and stderr; it must succeed."""
-        result = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        result = subprocess.run(list(map(str, command)), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                 universal_newlines=True, timeout=2 * PATIENCE)
         self.assertEqual(result.returncode, 0, result.stdout)
         return result.stdout
@@ -78,6 +90,41 @@ class BuildTest(SessionTestCase):
         """Likewise."""
         self.assert_good_builds("clang")
 
+    def assert_same_bits(self, variant):
+        """An engine built like this has the golden logits and no fused multiply-add."""
+        compiler, emulator, *options = variant
+        folder = self.folder()
+        self.assertEqual(self.output_of(*compiler, "-Wall", "-Wextra", *options, "-c", "-o",
+                                        folder / "probe.o", TESTS / "helpers" / "probe.c"), "")
+        objdump = re.sub("(gcc|clang)$", "objdump", compiler[0])
+        code = self.output_of(objdump, "-d", "--no-show-raw-insn", folder / "probe.o")
+        self.assertIsNone(FUSED.search(code))
+        self.output_of(*compiler, *options, "-o", folder / "probe", folder / "probe.o", "-lm")
+        for case in json.loads((TESTS / "golden" / "logits.json").read_text()):
+            if "--dim" in case["make_model"]:  # a small one
+                output = self.output_of(*emulator, folder / "probe", "golden",
+                                        model_file(case["make_model"]), 1, 0, 0, 0, 5,
+                                        *case["tokens"])
+                self.assertEqual(re.findall("^logits (.*)", output, re.MULTILINE),
+                                 case["logits_fnv1a64"])
+
+    def test_no_option_changes_a_bit(self):
+        """Processors with fused multiply-adds and complex products, and reordered sums."""
+        installed = [each for each in VARIANTS if all(map(shutil.which, (each[0][0], *each[1][:1])))]
+        with ThreadPoolExecutor() as pool:
+            for variant, check in [(each, pool.submit(self.assert_same_bits, each))
+                                   for each in installed]:
+                with self.subTest(variant):
+                    check.result()
+
+    @unittest.skipUnless(shutil.which("clang"), "clang is not installed")
+    def test_what_only_the_result_shows_is_refused_at_the_start(self):
+        """clang's -ffp-contract=fast overrides the source, and defines no macro."""
+        program, = self.build("clang", "-ffp-contract=fast", "-march=native",
+                              builds=BUILDS[:1]).values()
+        session = self.run_to_end(program, "-d", TINY, 42, "Hello")
+        self.assert_error_line(session, 1, "-ffp-contract=fast")
+
     def assert_refused(self, advice, *compiler):
         """This compiler must stop at inference.c with a message that contains the advice."""
         result = subprocess.run([*compiler, "-fsyntax-only", TOP / "inference.c"],
@@ -87,16 +134,16 @@ class BuildTest(SessionTestCase):
         self.assertRegex(result.stdout, "error: .*" + advice)
 
     def test_reordered_float_operations_are_refused(self):
-        """-ffast-math, also as a part of -Ofast, gives other text: it does not compile. Nor do the
-        parts of it for which the compiler defines a macro.
+        """-ffast-math, also as a part of -Ofast, gives other text: it does not compile. Nor do those
+        parts of it that the source cannot override.
         """
-        options = [["-ffast-math"], ["-Ofast"], ["-ffinite-math-only"]]
+        options = ["-ffast-math", "-Ofast", "-ffinite-math-only"]
         if "clang" not in COMPILER[0]:
-            options += [["-freciprocal-math"],
-                        ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]]
-        for each in options:
-            with self.subTest(each):
-                self.assert_refused("build without", *COMPILER, *each)
+            options += ["-funsafe-math-optimizations", "-fno-signed-zeros", "-freciprocal-math",
+                        "-fsingle-precision-constant"]
+        for option in options:
+            with self.subTest(option):
+                self.assert_refused("build without", *COMPILER, option)
 
     def test_x87_arithmetic_is_refused(self):
         """32-bit x86 without SSE arithmetic gives other text: it does not compile, and the message

@@ -162,8 +162,8 @@ static inline void oracle_rotate(float *head, int pos, int head_size) {
         float c, s;
         oracle_rope(pos, i, head_size, &c, &s);
         float a = head[2 * i], b = head[2 * i + 1];
-        head[2 * i] = a * c - b * s;
-        head[2 * i + 1] = a * s + b * c;
+        head[2 * i] = a * c + -b * s; // gcc 12 would fuse a difference beside a sum, see model.h
+        head[2 * i + 1] = b * c + a * s;
     }
 }
 
