@@ -31,6 +31,7 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
+#include <sys/syscall.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #include <sys/auxv.h>
@@ -48,8 +49,8 @@
 #error "model.bin is little endian and is read as it is: build for a little-endian processor"
 #endif
 
-// A multiply and an add must round twice, and sums keep their order. Each compiler has directives of
-// its own for that.
+// A multiply and an add must round twice, and sums keep their order. Each compiler has directives
+// of its own for that.
 #if defined(__clang__)
 #pragma clang diagnostic ignored "-Wignored-pragmas" // clang 14 has float_control on x86 only
 #pragma float_control(precise, on) // overrides -fassociative-math, -freciprocal-math and the like
@@ -231,6 +232,8 @@ static const uint64_t exp_table[32];
 //   UNSIGNED_WEIGHTS   1 if DOT4 takes the bytes of w as unsigned
 //   EXP_TABLE(i)       exp_table[i % 32] for the 64-bit numbers of a register, if the processor has
 //                      something faster than to load them one by one
+// or, with AMX, by ISA, LANES, TARGET and
+//   TILES_AND          the table that has all its other kernels: only mat_mat_mul() uses tiles
 #define ISA portable
 #define LANES 4
 #define TARGET
@@ -251,9 +254,10 @@ TARGET static inline __m256i add_dot4_avx2(__m256i sum, __m256i w, __m256i x) {
 #define UNSIGNED_WEIGHTS 0
 #include "model.h"
 
+#define AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 #define ISA avx512
 #define LANES 16
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#define TARGET __attribute__((target(AVX512)))
 // Each permutation looks up 16 entries by the lower four bits of an index; bit 4 chooses the half.
 TARGET static inline __m512i look_up_exp_avx512(__m512i i) {
     const __m512i *t = (const __m512i *)exp_table;
@@ -269,7 +273,7 @@ TARGET static inline __m512i look_up_exp_avx512(__m512i i) {
 #endif
 
 #if defined(__x86_64__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
-#define AVXVNNI // older compilers do not know it
+#define AVXVNNI // older compilers know neither it nor AMX
 // Bit 4 of EAX of cpuid's leaf 7, subleaf 1: not every __builtin_cpu_supports() knows it.
 static bool has_avxvnni(void) {
     unsigned eax, ebx, ecx, edx;
@@ -280,6 +284,19 @@ static bool has_avxvnni(void) {
 #define TARGET __attribute__((target("avx2,avxvnni")))
 #define DOT4(sum, w, x) _mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(w), (__m256i)(x))
 #define UNSIGNED_WEIGHTS 1
+#include "model.h"
+
+// Returns whether the processor has AMX (bits 24 and 25 of EDX of cpuid's leaf 7) and Linux (since
+// 5.16) lets this process use it: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+static bool has_amx(void) {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 24 & 3) == 3 &&
+           syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+#define ISA amx
+#define LANES 16
+#define TARGET __attribute__((target(AVX512 ",amx-tile,amx-int8")))
+#define TILES_AND avx512
 #include "model.h"
 #endif
 
@@ -301,7 +318,7 @@ TARGET static inline int32x4_t add_dot4_sdot(int32x4_t sum, int8x16_t w, int8x16
 #include "model.h"
 #endif
 
-#define MAX_TABLES 4
+#define MAX_TABLES 5
 
 // Lists the tables that this machine can run, the best first. Returns their number.
 static int usable_kernels(const Kernels *usable[MAX_TABLES]) {
@@ -309,10 +326,13 @@ static int usable_kernels(const Kernels *usable[MAX_TABLES]) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     bool avx2 = __builtin_cpu_supports("avx2"); // also checks that the system saves the registers
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512vnni"))
-        usable[count++] = &kernels_avx512;
+    bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                  __builtin_cpu_supports("avx512vnni");
+#if defined(AVXVNNI)
+    if (avx512 && has_amx()) usable[count++] = &kernels_amx;
+#endif
+    if (avx512) usable[count++] = &kernels_avx512;
 #if defined(AVXVNNI)
     if (avx2 && has_avxvnni()) usable[count++] = &kernels_avxvnni;
 #endif
@@ -1673,6 +1693,7 @@ typedef VECTOR(uint64_t, 4 * LANES) longs;
 #define SELECT(mask, a, b)                                                                         \
     ((__typeof__(a))(((mask) & (__typeof__(mask))(a)) | (~(mask) & (__typeof__(mask))(b))))
 
+#if !defined(TILES_AND)
 // e^x as glibc's expf computes it where there is no FMA, all in double and rounded once at the end:
 // x * 32 / ln2 = k + r, e^x = 2^(k/32) * a cubic polynomial of r. The error is at most 0.502 ulp.
 INLINE singles NAME(exp_singles)(singles x) {
@@ -1995,18 +2016,100 @@ TARGET static void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, Range
     for (; row < rows.end; row += PANEL_ROWS) NAME(multiply_panels)(out, w, row, 1, x, n);
 }
 
+#define OTHER(name) NAME(name)
+
+#else // with AMX
+// A tile register holds 16 rows of 64 bytes: a group of 16 tokens or of a panel's rows, both as
+// they lie in memory, or the products of such two, 16 integer dot products for each token. Vectors
+// get these from memory, so they are computed some groups before their use.
+#define OTHER(name) NAMED(name, TILES_AND)
+#define TILE_TOKENS 16
+
+// 16 tokens times the first panel, times the second ..., then the next 16 tokens. The last 16 may
+// be more than there are: the activations have room for whole tiles (MAX_BATCH).
+typedef struct {
+    const QuantizedTensor *w;
+    const QuantizedActivations *x;
+    size_t row, panels;              // the first row of these panels
+    size_t product, group, products; // what is multiplied next, and all there is
+} NAME(Products);
+
+INLINE void NAME(multiply_tiles)(NAME(Products) * next, int32_t dot[TILE_TOKENS][PANEL_ROWS]) {
+    if (next->product == next->products) return;
+    const size_t token = next->product / next->panels * TILE_TOKENS, width = next->x->width;
+    const size_t row = next->row + next->product % next->panels * PANEL_ROWS;
+    _tile_loadd(1, next->x->q + token * width + next->group * GROUP, width);
+    _tile_loadd(2, panels_of(next->w, row)[next->group].q, GROUP);
+    _tile_zero(0);
+    _tile_dpbssd(0, 1, 2);
+    _tile_stored(0, dot, sizeof(dot[0]));
+    if (++next->group < width / GROUP) return;
+    next->group = 0;
+    next->product++;
+}
+
+// n tokens times some panels. Each 16 tokens prefetch a part of the panels that follow these.
+INLINE void NAME(multiply_panels)(float *out, NAME(Products) next, size_t n) {
+    const size_t stride = next.w->rows, groups = next.x->width / GROUP, lines = sizeof(Panel) / 64;
+    enum { AHEAD = 3 };
+    int32_t dot[AHEAD + 1][TILE_TOKENS][PANEL_ROWS] __attribute__((aligned(64)));
+    size_t step = 0;
+    for (; step < AHEAD; step++) NAME(multiply_tiles)(&next, dot[step]);
+    for (size_t product = 0; product < next.products; product++) {
+        const size_t token = product / next.panels * TILE_TOKENS;
+        const size_t row = next.row + product % next.panels * PANEL_ROWS;
+        const Panel *panel = panels_of(next.w, row);
+        floats sum[TILE_TOKENS] = {0}, result[TILE_TOKENS];
+        for (size_t group = 0; group < groups; group++, panel++, step++) {
+            for (size_t line = lines * token / n; line < lines * (token + TILE_TOKENS) / n; line++)
+                __builtin_prefetch((const char *)&panel[groups] + line * 64, 0, 2);
+            const float *scale = &next.x->s[token * groups + group];
+            const floats weight_scale = LOAD(floats, panel->s);
+#if defined(__clang__)
+#pragma unroll // with -O2, too
+#endif
+            for (size_t t = 0; t < TILE_TOKENS; t++) {
+                ints dots = LOAD(ints, dot[(step + 1) % (AHEAD + 1)][t]);
+                sum[t] = sum[t] +
+                         __builtin_convertvector(dots, floats) * weight_scale * scale[t * groups];
+            }
+            NAME(multiply_tiles)(&next, dot[step % (AHEAD + 1)]);
+        }
+        for (size_t t = 0; t < TILE_TOKENS; t++) result[t] = sum[t]; // sums stay in registers
+        float *to = out + token * stride + row;
+        for (size_t t = 0; t < min_size(n - token, TILE_TOKENS); t++, to += stride)
+            if (row + PANEL_ROWS <= stride) STORE(floats, to, result[t]);
+            else memcpy(to, &result[t], (stride - row) * sizeof(float));
+    }
+}
+
+TARGET static void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, Range rows,
+                                     const QuantizedActivations *x, size_t n) {
+    if (n < TILE_TOKENS / 2) return OTHER(mat_mat_mul)(out, w, rows, x, n); // faster
+    // Palette 1; the tiles 0, 1 and 2 have rows of 64 bytes, 16 of them.
+    static const uint8_t config[64] = {[0] = 1, [16] = 64, [18] = 64, [20] = 64, [48] = 16, 16, 16};
+    _tile_loadconfig(config);
+    for (size_t row = rows.first; row < rows.end; row += STREAM_ROWS) {
+        size_t panels = min_size((rows.end - row + PANEL_ROWS - 1) / PANEL_ROWS, STREAMS);
+        size_t products = panels * ((n + TILE_TOKENS - 1) / TILE_TOKENS);
+        NAME(multiply_panels)(out, (NAME(Products)){w, x, row, panels, 0, 0, products}, n);
+    }
+    _tile_release();
+}
+#endif
+
 #define TEXT(name) #name
 #define QUOTED(isa) TEXT(isa)
 static const Kernels NAME(kernels) = {
     .name = QUOTED(ISA),
-    .quantize = NAME(quantize),
-    .mat_vec_mul = NAME(mat_vec_mul),
+    .quantize = OTHER(quantize),
+    .mat_vec_mul = OTHER(mat_vec_mul),
     .mat_mat_mul = NAME(mat_mat_mul),
-    .score = NAME(score),
-    .weighted_sum = NAME(weighted_sum),
-    .softmax = NAME(softmax),
-    .swiglu = NAME(swiglu),
-    .exp_minus = NAME(exp_minus),
+    .score = OTHER(score),
+    .weighted_sum = OTHER(weighted_sum),
+    .softmax = OTHER(softmax),
+    .swiglu = OTHER(swiglu),
+    .exp_minus = OTHER(exp_minus),
 };
 
 // The next table defines these names anew, and the rest of the program may use them.
@@ -2037,5 +2140,7 @@ static const Kernels NAME(kernels) = {
 #undef TILE_TOKENS
 #undef PANEL_VECTORS
 #undef TEXT
+#undef TILES_AND
+#undef OTHER
 #undef QUOTED
 #endif // MODEL_H

@@ -134,14 +134,14 @@ class NumbersTest(GoldenTestCase):
         """Each kernel of each table has the bits of the plain recipe, on many shapes."""
         self.assert_each_table_prints("^{table} kernels agree with the oracle$", "kernels")
 
-    def test_kernels_of_avxvnni_without_it(self):
-        """So do those of the avxvnni table, with its instruction emulated or in the encoding of
-        AVX-512, so that all their other lines run on every machine with AVX2.
+    def test_kernels_with_emulated_instructions(self):
+        """So do mat_mat_mul() with the tile instructions of AMX in plain C, and the avxvnni table
+        with its instruction emulated or in the encoding of AVX-512, where the machine has AVX2.
         """
-        lines = probe_lines("avxvnni")
-        expected = [f"{form} kernels agree with the oracle" for form in ("emulated", "evex")]
+        lines = probe_lines("emulated")
+        expected = [f"{form} kernels agree with the oracle" for form in ("tiles", "emulated", "evex")]
         self.assertEqual(lines, expected[:len(lines)])
-        self.assertEqual("avx2" in kernel_tables(), len(lines) > 0)
+        self.assertEqual("avx2" in kernel_tables(), len(lines) > 1)
 
     def test_rope_table(self):
         """The cosines and sines of the positions have the pinned hashes."""
@@ -217,6 +217,8 @@ class SamplerTest(unittest.TestCase):
 
 class TablesTest(unittest.TestCase):
     TABLES = {  # the best first, with the features that Linux names in /proc/cpuinfo
+        "amx": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "amx_tile",
+                "amx_int8"},
         "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
         "avxvnni": {"avx2", "avx_vnni"},
         "avx2": {"avx2"},

@@ -178,9 +178,10 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
     rewind(file.stream);
     read_tensor(&file, &w, 0, (size_t)rows);
     fclose(file.stream);
+    const size_t room = (tokens + 15) / 16 * 16; // tiles of AMX are read whole
     QuantizedActivations a = {.width = (size_t)cols,
-                              .q = oracle_alloc(tokens * (size_t)cols, 1),
-                              .s = oracle_alloc(tokens * groups, sizeof(float)),
+                              .q = oracle_alloc(room * (size_t)cols, 1),
+                              .s = oracle_alloc(room * groups, sizeof(float)),
                               .correction = oracle_alloc(tokens * groups, sizeof(int32_t))};
     float *out = random_floats(tokens * (size_t)rows, 7, 8),
           *expected = oracle_alloc(tokens * (size_t)rows, 4);
@@ -316,6 +317,62 @@ __attribute__((target("avx2"))) static inline __m256i emulated_dpbusd(__m256i su
 #include "../../model.h"
 #endif
 
+#if !defined(PARALLEL)
+// mat_mat_mul() with the tile instructions of AMX in plain C: what they do to `rows` rows of
+// `bytes` bytes, as the configuration has it.
+static struct {
+    uint16_t bytes;
+    uint8_t rows;
+    int8_t row[16][64];
+} tiles[8];
+
+static void load_tile_config(const void *config) {
+    const uint8_t *byte = config;
+    memset(tiles, 0, sizeof(tiles));
+    if (byte[0] != 1) fail("tiles: palette 1 is the only one");
+    for (int i = 0; i < 8; i++) {
+        memcpy(&tiles[i].bytes, byte + 16 + 2 * i, 2);
+        tiles[i].rows = byte[48 + i];
+    }
+}
+
+static void copy_tile(int i, const void *from, void *to, size_t stride) {
+    for (size_t r = 0; r < tiles[i].rows; r++)
+        if (to == NULL) memcpy(tiles[i].row[r], (const char *)from + r * stride, tiles[i].bytes);
+        else memcpy((char *)to + r * stride, tiles[i].row[r], tiles[i].bytes);
+}
+
+// 32-bit integers sum[m][n] += dot product of 4 signed bytes of a[m] and b, for each 4 of a row of
+// a
+static void multiply_tile_bytes(int sum, int a, int b) {
+    for (size_t m = 0; m < tiles[sum].rows; m++)
+        for (size_t n = 0; n < tiles[sum].bytes; n += 4) {
+            int32_t total;
+            memcpy(&total, &tiles[sum].row[m][n], 4);
+            for (size_t k = 0; k < tiles[a].bytes; k++)
+                total += tiles[a].row[m][k] * tiles[b].row[k / 4][n + k % 4];
+            memcpy(&tiles[sum].row[m][n], &total, 4);
+        }
+}
+
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_zero
+#undef _tile_dpbssd
+#undef _tile_release
+#define _tile_loadconfig load_tile_config
+#define _tile_loadd(tile, base, stride) copy_tile(tile, base, NULL, stride)
+#define _tile_stored(tile, base, stride) copy_tile(tile, NULL, base, stride)
+#define _tile_zero(tile) memset(tiles[tile].row, 0, sizeof(tiles[tile].row))
+#define _tile_dpbssd multiply_tile_bytes
+#define _tile_release() memset(tiles, 0, sizeof(tiles))
+#define ISA tiles
+#define LANES 16
+#define TARGET
+#define TILES_AND portable
+#include "../../model.h"
+#endif
+
 static void check_kernels(const Kernels *kernels) {
     const int rows[] = {1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 64, 100},
               cols[] = {64, 128, 192, 576};
@@ -327,6 +384,8 @@ static void check_kernels(const Kernels *kernels) {
                              random_below(rows[r]) / PANEL_ROWS * PANEL_ROWS, rows[r]);
             }
     for (int n = 1; n <= 40; n++) check_matrix(kernels, 100, 64, n, 16, 80);
+    for (int n = 1; n <= 40; n++) check_matrix(kernels, 90, 192, n, 0, 90);
+    check_matrix(kernels, 130, 128, MAX_BATCH, 32, 130);
     check_matrix(kernels, 48, 4096, 1, 0, 48); // sums that leave 16 and 24 bits
     check_matrix(kernels, 48, 4096, 7, 0, 48);
     const int sizes[] = {2, 6, 8, 16, 22, 32, 48, 64, 80, 128};
@@ -347,10 +406,14 @@ static void check_chosen_kernels(char **arguments) {
     check_kernels(kernels);
 }
 
-// The two other forms of the AVX-VNNI table, where this machine can run them
-static void check_avxvnni_forms(char **arguments) {
+// With the instructions of AMX emulated, and the two other forms of the AVX-VNNI table, where this
+// machine can run them
+static void check_emulated_kernels(char **arguments) {
     (void)arguments;
-#if defined(AVXVNNI) && !defined(PARALLEL) // once is enough: they take long to compile
+#if !defined(PARALLEL)
+    check_kernels(&kernels_tiles);
+#endif
+#if defined(AVXVNNI) && !defined(PARALLEL)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2")) check_kernels(&kernels_emulated);
     if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
@@ -602,7 +665,7 @@ static const struct {
     {"classes", "TOKENIZER VOCAB_SIZE", print_classes},
     {"tables", "", print_tables},
     {"kernels", "", check_chosen_kernels},
-    {"avxvnni", "", check_avxvnni_forms},
+    {"emulated", "", check_emulated_kernels},
     {"rope", "HEAD_SIZE", hash_rope},
     {"exp", "STEP", check_exp},
     {"expf", "X...", print_exponentials},
