@@ -105,7 +105,7 @@ typedef struct {
     Settings settings; // main only checks them, and passes them on as they were typed
     SchedulingAttributes attributes;
     char *values[128];       // of the options that were given: values['j']
-    char names[128][3];      // likewise: names['t'] is "-t"
+    char names[128][3];      // of the same: names['t'] is "-t"
     char seed[24];           // as text
     char **engine_arguments; // for execv(3): the program's name, settings, threads, seed, NULL
     int argument_count;
@@ -210,7 +210,7 @@ typedef struct {
     pid_t pid;
     clockid_t cpu_clock; // the engine's CPU time, of all its threads: clock_getcpuclockid(3)
     double cpu_time;     // on that clock when it was last measured, in seconds
-    double wall_time;    // likewise on CLOCK_MONOTONIC
+    double wall_time;    // the same moment on CLOCK_MONOTONIC
     bool logged;         // a line has been written since the prompt
     bool failed;         // why a line could not be written has been reported
     bool shares_output;  // stdout is the same terminal, pipe or file

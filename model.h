@@ -104,12 +104,12 @@ typedef struct {
     float s[PANEL_ROWS];
 } Panel;
 
-// The rows of panels of a tensor belong to STREAMS streams in turn, and the streams lie one behind
-// the other. So a kernel that takes STREAMS panels at a time reads from STREAMS places, each
-// sequentially; with a single one, decoding takes 1.2 times as long (Zen 3, AVX2).
+// The rows of panels of a tensor are dealt out to STREAMS streams, which lie one after the other.
+// So a kernel that takes STREAMS panels at a time reads from STREAMS places, each sequentially;
+// with a single stream, decoding takes 1.2 times as long (Zen 3, AVX2).
 #define STREAMS 4
 #define STREAM_ROWS (STREAMS * PANEL_ROWS) // of one panel from each stream
-#define FEW_TOKENS 32 // up to so many tokens, the kernels read all streams at once
+#define FEW_TOKENS 32 // at most these are multiplied by panels of all streams at once
 
 typedef struct {
     size_t rows, cols;
@@ -119,7 +119,7 @@ typedef struct {
 // Rows of panels in each stream.
 static size_t stream_length(size_t rows) { return (rows + STREAM_ROWS - 1) / STREAM_ROWS; }
 
-// Returns the panels [cols / GROUP] that hold a row. Rows beyond the last are zero.
+// Returns the panels [cols / GROUP] that hold a row. Rows after the last are zero.
 static Panel *panels_of(const QuantizedTensor *w, size_t row) {
     size_t number = row / PANEL_ROWS, stream = number % STREAMS;
     return w->panels + (stream * stream_length(w->rows) + number / STREAMS) * (w->cols / GROUP);
@@ -972,7 +972,7 @@ static float *forward(Transformer *t, const int *tokens, int n, int pos, int wan
 // each piece are merged into tokens, always the pair of neighbours whose concatenation is the token
 // with the highest score, the leftmost of equals.
 
-#define MAX_TOKENIZER_SIZE (64 << 20) // bytes; SmolLM's has 0.7 MB
+#define MAX_TOKENIZER_SIZE (64 << 20) // bytes; SmolLM's is 0.7 MB
 
 typedef struct {
     float score;
@@ -1005,7 +1005,7 @@ static void mark_class(uint8_t *class_of, uint8_t class, const uint16_t *ranges,
 }
 
 // Reads one character of UTF-8 (RFC 3629: shortest form, no surrogates, up to 10FFFF). Returns its
-// length in bytes, 0 if this is none, or -1 if the bytes end within what looks like one.
+// length in bytes, 0 if the bytes are not a character, or -1 if they end within one.
 static int decode_utf8(const char *text, size_t length, uint32_t *code) {
     static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000}; // code of a number of bytes
     const unsigned char *s = (const unsigned char *)text;
@@ -1096,7 +1096,7 @@ static int read_tokens(Tokenizer *t, ModelFile *file) {
     return 0;
 }
 
-// Loads the tokenizer of a model with so many tokens. Returns 0, or -1 after reporting why; the
+// Loads the tokenizer of a model with vocab_size tokens. Returns 0, or -1 after reporting why; the
 // caller calls free_tokenizer() in both cases.
 static int build_tokenizer(Tokenizer *t, const char *path, int vocab_size) {
     *t = (Tokenizer){.vocab_size = vocab_size};
@@ -1125,8 +1125,8 @@ static bool is_control_token(const Tokenizer *t, int id) {
     return false;
 }
 
-// The class of the character at the start of a text that is not empty, and its length. A byte that
-// is no UTF-8 counts as a character of its own.
+// Returns the class of the character at the start of a text that is not empty, and its length in
+// *character. A byte that is not UTF-8 counts as a character of its own.
 static int classify(const Tokenizer *t, const char *text, size_t length, size_t *character) {
     uint32_t code;
     int count = decode_utf8(text, length, &code);
@@ -1134,8 +1134,8 @@ static int classify(const Tokenizer *t, const char *text, size_t length, size_t 
     return count > 0 ? t->class_of[code] : OTHER;
 }
 
-// The length of the run of characters of one class that the text starts with. *last is the length
-// of the run's last character.
+// Returns the length of the run of characters of one class that the text starts with. *last is the
+// length of the run's last character.
 static size_t run_of(const Tokenizer *t, int class, const char *text, size_t length, size_t *last) {
     size_t at = 0, character;
     while (at < length && classify(t, text + at, length - at, &character) == class) {
@@ -1345,7 +1345,7 @@ static int sample(Sampler *s, float *logits) {
 //   <|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n
 //   {reply}<|im_end|>\n
 
-#define CLOSING 2 // tokens behind a reply: <|im_end|> and newline
+#define CLOSING 2 // tokens after a reply: <|im_end|> and newline
 
 struct Session {
     Transformer transformer;
@@ -1364,7 +1364,7 @@ struct Session {
 typedef struct {
     char bytes[4];
     size_t count;
-    bool line_open; // the last character printed was not a newline, or there is none
+    bool line_open; // the last character printed was not a newline, or none was printed
 } Printer;
 
 // Prints text, but no invalid UTF-8 and no control characters (U+0000..1F and 7F..9F) except
@@ -1456,7 +1456,7 @@ static void make_room(Session *s, int needed) {
 
 // Speculative decoding with prompt lookup. A pass over a few tokens takes little longer than a pass
 // over one, as both read all weights. So the next tokens are guessed from the conversation itself,
-// and one pass verifies them: it computes the logits behind every token of the draft, the sampler
+// and one pass verifies them: it computes the logits after every token of the draft, the sampler
 // draws from each as it would have anyway, and as long as the draws are the draft, the logits are
 // those that decoding token by token would have computed, bit for bit. The first draw that differs
 // ends the pass. So drafts change no text.
