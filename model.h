@@ -175,6 +175,13 @@ static int min_int(int a, int b) { return a < b ? a : b; }
 // Positions whose keys lie side by side, so that scores are vectors over positions: see kv_block().
 #define KEY_BLOCK 32
 
+// Query heads that share the keys and values of a KV head, and go over them together.
+typedef struct {
+    size_t heads, head_size;
+    size_t stride; // of att[head]: floats from a head to the next
+    size_t ahead;  // floats by which the prefetch of keys and values precedes their use; 0: none
+} QueryHeads;
+
 typedef struct {
     const char *name;
 
@@ -193,18 +200,14 @@ typedef struct {
     void (*mat_mat_mul)(float *out, const QuantizedTensor *w, Range rows,
                         const QuantizedActivations *x, size_t n);
 
-    // out[head * stride + t] = q[head] . key[t] / sqrtf(head_size), sums in index order, for the
-    // `heads` of q[heads][head_size], which share the keys, and t < kv_len. Entries up to a
-    // multiple of KEY_BLOCK are overwritten. Prefetches the keys `ahead` floats before their use
-    // (an address outside of the memory does no harm).
-    void (*score)(float *out, size_t stride, const float *q, size_t heads, size_t head_size,
-                  const float *keys, size_t kv_len, size_t ahead);
+    // att[head][t] = q[head] . key[t] / sqrtf(head_size), sums in index order, for
+    // q[heads][head_size] and t < kv_len. Entries up to a multiple of KEY_BLOCK are overwritten.
+    void (*score)(float *att, const float *q, const float *keys, size_t kv_len, QueryHeads shared);
 
-    // out[head][i] = out[head][i] + weight[head * stride + t] * value[t][i] for each t < kv_len in
-    // order, i < head_size, for the `heads` of out[heads][head_size], which share the values.
-    // Prefetches the values likewise.
-    void (*weighted_sum)(float *out, const float *weight, size_t stride, size_t heads,
-                         size_t head_size, const float *values, size_t kv_len, size_t ahead);
+    // out[head][i] = out[head][i] + att[head][t] * value[t][i] for each t < kv_len in order, for
+    // out[heads][head_size].
+    void (*weighted_sum)(float *out, const float *att, const float *values, size_t kv_len,
+                         QueryHeads shared);
 
     // Softmax of n >= 1 numbers in place: x - maximum, exp, the sum in index order, each divided by
     // the sum.
@@ -369,13 +372,13 @@ static const Kernels *choose_kernels(void) {
 static bool rounds_products(const Kernels *kernels) {
     const float x = 0x1.000002p0f; // its square is 0x1.000004000004p0
     float sum = -0x1.000004p0f;
-    kernels->weighted_sum(&sum, &x, 1, 1, 1, &x, 1, 0);
+    kernels->weighted_sum(&sum, &x, &x, 1, (QueryHeads){1, 1, 1, 0});
     return sum == 0;
 }
 
-// Returns how many floats ahead attention prefetches keys and values; 0: only what it loads. With
-// 4 KB a token near position 1000 took 0.93 of its time on an Intel Xeon with AVX-512 (measured in
-// an earlier version), more than 1 on an AMD Zen 4, and 0.99 on a Zen 3.
+// Returns how many floats ahead attention prefetches keys and values (an address outside of the
+// memory does no harm); 0: not at all. 4 KB ahead, a token near position 1000 took 0.87 of its time
+// on an Intel Xeon with AVX-512, more than 1 on an AMD Zen 4, and 0.99 on a Zen 3.
 static size_t choose_kv_ahead(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -872,7 +875,7 @@ static void attend_queries(const void *args, Range queries) {
     const Config *c = &l->t->config;
     const State *s = &l->t->state;
     const Kernels *kernels = l->t->kernels;
-    size_t ahead = l->t->kv_ahead, stride = s->max_kv_len;
+    size_t stride = s->max_kv_len;
     size_t head_size = c->head_size, n_heads = c->n_heads, n_kv_heads = c->n_kv_heads;
     size_t heads_per_kv_head = n_heads / n_kv_heads;
     float *att = s->att[queries.worker];
@@ -881,18 +884,17 @@ static void attend_queries(const void *args, Range queries) {
         size_t token = query / n_heads, head = query % n_heads, kv_head = head / heads_per_kv_head;
         size_t kv_len = l->pos + token + 1;
         count = min_size(heads_per_kv_head - head % heads_per_kv_head, queries.end - query);
+        const QueryHeads shared = {count, head_size, stride, l->t->kv_ahead};
         const float *q = s->qkv + token * (c->dim + 2 * c->kv_dim) + head * head_size;
         float *out = s->xb + query * head_size;
         for (size_t t = 0; t < kv_len; t += CHUNK)
-            kernels->score(att + t, stride, q, count, head_size,
-                           kv_block(s, c, l->layer, kv_head, t), min_size(kv_len - t, CHUNK),
-                           ahead);
+            kernels->score(att + t, q, kv_block(s, c, l->layer, kv_head, t),
+                           min_size(kv_len - t, CHUNK), shared);
         for (size_t i = 0; i < count; i++) kernels->softmax(att + i * stride, kv_len);
         memset(out, 0, count * head_size * sizeof(float));
         for (size_t t = 0; t < kv_len; t += CHUNK)
-            kernels->weighted_sum(out, att + t, stride, count, head_size,
-                                  kv_block(s, c, l->layer, n_kv_heads + kv_head, t),
-                                  min_size(kv_len - t, CHUNK), ahead);
+            kernels->weighted_sum(out, att + t, kv_block(s, c, l->layer, n_kv_heads + kv_head, t),
+                                  min_size(kv_len - t, CHUNK), shared);
     }
 }
 
@@ -1793,39 +1795,44 @@ TARGET static void NAME(quantize)(QuantizedActivations *out, size_t token, const
 #define MAX_TOGETHER 4
 #define LINE_FLOATS 16 // of a cache line
 
+// Prefetches for vector number v of x, once for each cache line.
+INLINE void NAME(prefetch)(const float *x, size_t v, size_t ahead) {
+    if (ahead > 0 && v * LANES % LINE_FLOATS == 0) __builtin_prefetch(x + v * LANES + ahead, 0, 2);
+}
+
 // Scores of a block of positions.
-INLINE void NAME(score_block)(float *out, size_t stride, const float *q, const size_t heads,
-                              size_t head_size, const float *keys, size_t ahead) {
+INLINE void NAME(score_block)(float *att, const float *q, const float *keys, const size_t heads,
+                              QueryHeads shared) {
     enum { VECTORS = KEY_BLOCK / LANES };
-    const float root = sqrtf((float)head_size);
+    const float root = sqrtf((float)shared.head_size);
     floats sum[MAX_TOGETHER][VECTORS];
     for (size_t head = 0; head < heads; head++)
         for (int v = 0; v < VECTORS; v++) sum[head][v] = (floats){0};
-    for (size_t i = 0; i < head_size; i++, keys += KEY_BLOCK)
+    for (size_t i = 0; i < shared.head_size; i++, keys += KEY_BLOCK)
         for (int v = 0; v < VECTORS; v++) {
-            if (v * LANES % LINE_FLOATS == 0) __builtin_prefetch(keys + v * LANES + ahead, 0, 2);
+            NAME(prefetch)(keys, v, shared.ahead);
             floats k = LOAD(volatile floats, keys + v * LANES); // loaded once, not for each head
             for (size_t head = 0; head < heads; head++)
-                sum[head][v] = sum[head][v] + k * q[head * head_size + i];
+                sum[head][v] = sum[head][v] + k * q[head * shared.head_size + i];
         }
     for (size_t head = 0; head < heads; head++)
         for (int v = 0; v < VECTORS; v++)
-            STORE(floats, out + head * stride + v * LANES, sum[head][v] / root);
+            STORE(floats, att + head * shared.stride + v * LANES, sum[head][v] / root);
 }
 
-TARGET static void NAME(score)(float *out, size_t stride, const float *q, size_t heads,
-                               size_t head_size, const float *keys, size_t kv_len, size_t ahead) {
+TARGET static void NAME(score)(float *att, const float *q, const float *keys, size_t kv_len,
+                               QueryHeads shared) {
     enum { TOGETHER = LANES / 4 };
-    for (size_t t = 0; t < kv_len; t += KEY_BLOCK, keys += KEY_BLOCK * head_size)
-        for (size_t head = 0; head < heads; head += TOGETHER) {
-            float *to = out + head * stride + t;
-            const float *first = q + head * head_size;
+    for (size_t t = 0; t < kv_len; t += KEY_BLOCK, keys += KEY_BLOCK * shared.head_size)
+        for (size_t head = 0; head < shared.heads; head += TOGETHER) {
+            float *to = att + head * shared.stride + t;
+            const float *first = q + head * shared.head_size;
             // With a constant number of heads, the compiler keeps their sums in registers.
-            switch (min_size(heads - head, TOGETHER)) {
-            case 1: NAME(score_block)(to, stride, first, 1, head_size, keys, ahead); break;
-            case 2: NAME(score_block)(to, stride, first, 2, head_size, keys, ahead); break;
-            case 3: NAME(score_block)(to, stride, first, 3, head_size, keys, ahead); break;
-            case 4: NAME(score_block)(to, stride, first, 4, head_size, keys, ahead); break;
+            switch (min_size(shared.heads - head, TOGETHER)) {
+            case 1: NAME(score_block)(to, first, keys, 1, shared); break;
+            case 2: NAME(score_block)(to, first, keys, 2, shared); break;
+            case 3: NAME(score_block)(to, first, keys, 3, shared); break;
+            case 4: NAME(score_block)(to, first, keys, 4, shared); break;
             }
         }
 }
@@ -1834,55 +1841,53 @@ TARGET static void NAME(score)(float *out, size_t stride, const float *q, size_t
 #define SUM_VECTORS (LANES == 16 ? 4 : 8)
 
 // weighted_sum() for a block of positions and some vectors of dimensions.
-INLINE void NAME(sum_vectors)(float *out, const float *weight, size_t stride, const size_t heads,
-                              size_t head_size, const float *values, size_t kv_len, size_t ahead,
-                              const size_t vectors) {
+INLINE void NAME(sum_vectors)(float *out, const float *att, const float *values, size_t kv_len,
+                              const size_t vectors, const size_t heads, QueryHeads shared) {
     floats sum[MAX_TOGETHER][SUM_VECTORS];
     for (size_t head = 0; head < heads; head++)
         for (size_t v = 0; v < vectors; v++)
-            sum[head][v] = LOAD(floats, out + head * head_size + v * LANES);
-    for (size_t t = 0; t < kv_len; t++, values += head_size)
+            sum[head][v] = LOAD(floats, out + head * shared.head_size + v * LANES);
+    for (size_t t = 0; t < kv_len; t++, values += shared.head_size)
         for (size_t v = 0; v < vectors; v++) {
-            if (v * LANES % LINE_FLOATS == 0) __builtin_prefetch(values + v * LANES + ahead, 0, 2);
-            floats value = LOAD(floats, values + v * LANES);
+            NAME(prefetch)(values, v, shared.ahead);
+            floats value = LOAD(volatile floats, values + v * LANES); // as in score_block()
             for (size_t head = 0; head < heads; head++)
-                sum[head][v] = sum[head][v] + value * weight[head * stride + t];
+                sum[head][v] = sum[head][v] + value * att[head * shared.stride + t];
         }
     for (size_t head = 0; head < heads; head++)
         for (size_t v = 0; v < vectors; v++)
-            STORE(floats, out + head * head_size + v * LANES, sum[head][v]);
+            STORE(floats, out + head * shared.head_size + v * LANES, sum[head][v]);
 }
 
-INLINE void NAME(sum_block)(float *out, const float *weight, size_t stride, const size_t heads,
-                            size_t head_size, const float *values, size_t n, size_t ahead) {
-    const size_t all = SUM_VECTORS;
+INLINE void NAME(sum_block)(float *out, const float *att, const float *values, size_t n,
+                            const size_t heads, QueryHeads shared) {
+    const size_t all = SUM_VECTORS, size = shared.head_size;
     size_t i = 0;
-    for (; i + all * LANES <= head_size; i += all * LANES)
-        NAME(sum_vectors)(out + i, weight, stride, heads, head_size, values + i, n, ahead, all);
-    for (; i + LANES <= head_size; i += LANES)
-        NAME(sum_vectors)(out + i, weight, stride, heads, head_size, values + i, n, ahead, 1);
-    for (; i < head_size; i++)
+    for (; i + all * LANES <= size; i += all * LANES)
+        NAME(sum_vectors)(out + i, att, values + i, n, all, heads, shared);
+    for (; i + LANES <= size; i += LANES)
+        NAME(sum_vectors)(out + i, att, values + i, n, 1, heads, shared);
+    for (; i < size; i++)
         for (size_t head = 0; head < heads; head++) {
-            float *sum = &out[head * head_size + i];
+            float *sum = &out[head * size + i];
             for (size_t t = 0; t < n; t++)
-                *sum = *sum + weight[head * stride + t] * values[t * head_size + i];
+                *sum = *sum + att[head * shared.stride + t] * values[t * size + i];
         }
 }
 
-TARGET static void NAME(weighted_sum)(float *out, const float *weight, size_t stride, size_t heads,
-                                      size_t head_size, const float *values, size_t kv_len,
-                                      size_t ahead) {
+TARGET static void NAME(weighted_sum)(float *out, const float *att, const float *values,
+                                      size_t kv_len, QueryHeads shared) {
     enum { TOGETHER = LANES == 16 ? 4 : 1 };
-    for (size_t t = 0; t < kv_len; t += KEY_BLOCK, values += KEY_BLOCK * head_size)
-        for (size_t head = 0; head < heads; head += TOGETHER) {
-            float *to = out + head * head_size;
-            const float *first = weight + head * stride + t;
+    for (size_t t = 0; t < kv_len; t += KEY_BLOCK, values += KEY_BLOCK * shared.head_size)
+        for (size_t head = 0; head < shared.heads; head += TOGETHER) {
+            float *to = out + head * shared.head_size;
+            const float *first = att + head * shared.stride + t;
             size_t n = min_size(kv_len - t, KEY_BLOCK);
-            switch (min_size(heads - head, TOGETHER)) { // constants, as in score()
-            case 1: NAME(sum_block)(to, first, stride, 1, head_size, values, n, ahead); break;
-            case 2: NAME(sum_block)(to, first, stride, 2, head_size, values, n, ahead); break;
-            case 3: NAME(sum_block)(to, first, stride, 3, head_size, values, n, ahead); break;
-            case 4: NAME(sum_block)(to, first, stride, 4, head_size, values, n, ahead); break;
+            switch (min_size(shared.heads - head, TOGETHER)) { // constants, as in score()
+            case 1: NAME(sum_block)(to, first, values, n, 1, shared); break;
+            case 2: NAME(sum_block)(to, first, values, n, 2, shared); break;
+            case 3: NAME(sum_block)(to, first, values, n, 3, shared); break;
+            case 4: NAME(sum_block)(to, first, values, n, 4, shared); break;
             }
         }
 }

@@ -212,7 +212,6 @@ static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int 
 // two chunks.
 static void check_attention(const Kernels *kernels, int heads, int head_size, int times) {
     const int piece = random_below(times / KEY_BLOCK + 1) * KEY_BLOCK;
-    const size_t ahead = 1024 * (size_t)random_below(2);
     size_t hs = (size_t)head_size;
     size_t stride = ((size_t)times + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK;
     float *q = random_floats((size_t)heads * hs, -2, 2);
@@ -226,13 +225,13 @@ static void check_attention(const Kernels *kernels, int heads, int head_size, in
         for (size_t i = 0; i < hs; i++)
             keys[t / KEY_BLOCK * KEY_BLOCK * hs + i * KEY_BLOCK + t % KEY_BLOCK] = k[t * hs + i];
     float *later_keys = keys + (size_t)piece * hs, *later_values = values + (size_t)piece * hs;
-    kernels->score(att, stride, q, heads, head_size, keys, piece, ahead);
-    kernels->score(att + piece, stride, q, heads, head_size, later_keys, times - piece, ahead);
+    const QueryHeads shared = {(size_t)heads, hs, stride, .ahead = 1024 * (size_t)random_below(2)};
+    kernels->score(att, q, keys, piece, shared);
+    kernels->score(att + piece, q, later_keys, times - piece, shared);
     for (size_t head = 0; head < (size_t)heads; head++)
         kernels->softmax(att + head * stride, times);
-    kernels->weighted_sum(out, att, stride, heads, head_size, values, piece, ahead);
-    kernels->weighted_sum(out, att + piece, stride, heads, head_size, later_values, times - piece,
-                          ahead);
+    kernels->weighted_sum(out, att, values, piece, shared);
+    kernels->weighted_sum(out, att + piece, later_values, times - piece, shared);
     for (size_t head = 0; head < (size_t)heads; head++) {
         oracle_attention(expected, q + head * hs, k, hs, values, hs, times, head_size, weights);
         expect_same("score and softmax", att + head * stride, weights, (size_t)times * 4);
@@ -389,10 +388,10 @@ static void check_kernels(const Kernels *kernels) {
     check_matrix(kernels, 48, 4096, 1, 0, 48); // sums that leave 16 and 24 bits
     check_matrix(kernels, 48, 4096, 7, 0, 48);
     const int sizes[] = {2, 6, 8, 16, 22, 32, 48, 64, 80, 128};
-    for (int sharing = 1; sharing <= 6; sharing++)
+    for (int shared = 1; shared <= 6; shared++)
         for (int size = 0; size < 10; size++)
             for (int times = 1; times <= 150; times += 1 + times / 3)
-                check_attention(kernels, sharing, sizes[size], times);
+                check_attention(kernels, shared, sizes[size], times);
     check_rounding(kernels);
     for (int i = 0; i < 100; i++) check_swiglu(kernels);
     printf("%s kernels agree with the oracle\n", kernels->name);
