@@ -350,6 +350,7 @@ static int usable_kernels(const Kernels *usable[MAX_TABLES]) {
 // Returns the best table, or the one that the environment variable KERNELS names, so that each can
 // be tested and measured; NULL, after reporting it, if this machine does not have that one.
 static const Kernels *choose_kernels(void) {
+    fesetenv(FE_DFL_ENV); // linked with -ffast-math, a program flushes subnormals to zero
     const Kernels *usable[MAX_TABLES] = {NULL};
     int count = usable_kernels(usable);
     const char *wanted = getenv("KERNELS");
@@ -682,7 +683,6 @@ static void free_transformer(Transformer *t) {
 // cases.
 static int build_transformer(Transformer *t, const char *path) {
     ModelFile file;
-    fesetenv(FE_DFL_ENV); // linked with -ffast-math, a program flushes subnormals to zero
     *t = (Transformer){.kernels = choose_kernels(), .kv_ahead = choose_kv_ahead()};
     if (t->kernels == NULL) return -1;
     if (!rounds_products(t->kernels))
