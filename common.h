@@ -48,7 +48,7 @@ _Static_assert(MAX_THREADS == 64 && MAX_DRAFT == 16, "change the usage and error
 // ------------------------------------------------------------------------------------------------
 // Output, errors and the clock
 
-#define REPORT_LIMIT 500 // milliseconds that a last message waits for a reader that is not reading
+#define REPORT_LIMIT 500 // milliseconds that an error or a last line waits for a slow reader
 
 // Returns whether write(2) would not block (it may fail), after waiting up to `milliseconds` for
 // that. A pipe then has room for PIPE_BUF bytes.
@@ -76,8 +76,8 @@ __attribute__((format(printf, 1, 2))) static inline int report_error(const char 
     return -1;
 }
 
-// Ends the program after a failure that a working system does not produce: no user needs more care
-// here. If the front end dies, the kernel kills the engine (PR_SET_PDEATHSIG).
+// Ends the program after a failure that only fault injection produces. If the front end dies, the
+// kernel kills the engine (PR_SET_PDEATHSIG).
 _Noreturn static inline void die(const char *call) {
     report_error("%s failed: %s.", call, strerror(errno));
     exit(1);
@@ -93,9 +93,9 @@ static inline int flush_output(void) {
 }
 
 // Occupies those of the descriptors 0, 1 and 2 that are closed or open for the wrong direction;
-// must be called before any other descriptor is opened. Then no other file gets such a number, and
-// with it the output for stdout or stderr. /dev/null is opened for the wrong direction, so that
-// using the descriptor fails at once, with EBADF.
+// must be called before any other descriptor is opened. Otherwise another file would get such a
+// number and, with it, the output for stdout or stderr. /dev/null is opened for the wrong
+// direction, so that using the descriptor fails with EBADF.
 static inline void reserve_standard_fds(void) {
     for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++) {
         int wrong = fd == STDIN_FILENO ? O_WRONLY : O_RDONLY, flags = fcntl(fd, F_GETFL);
@@ -105,10 +105,10 @@ static inline void reserve_standard_fds(void) {
     }
 }
 
-// Returns whether stdout shows colours and the user wants them (https://no-color.org).
+// Returns whether stdout is a terminal with colors and the user wants them (https://no-color.org).
 static inline bool has_colors(void) {
-    const char *refusal = getenv("NO_COLOR"), *terminal = getenv("TERM");
-    if (refusal && *refusal) return false;
+    const char *no_color = getenv("NO_COLOR"), *terminal = getenv("TERM");
+    if (no_color && *no_color) return false;
     return isatty(STDOUT_FILENO) && !(terminal && strcmp(terminal, "dumb") == 0);
 }
 
@@ -174,7 +174,7 @@ _Noreturn static inline void exit_with_usage(const char *usage, int status) {
     exit(flush_output() < 0 ? 1 : status);
 }
 
-// Returns a seed: decimal digits and nothing else. 0 is replaced by a seed from the clock, which is
+// Parses a seed: decimal digits and nothing else. 0 is replaced by a seed from the clock, which is
 // printed so that the chat can be repeated. Ends the program if the text is anything else, or NULL.
 static inline unsigned long long parse_seed(const char *text, const char *usage) {
     errno = 0;

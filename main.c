@@ -3,7 +3,7 @@
 //
 // It knows nothing of models. common.h has the picture of the two processes and their protocol.
 // Every event is a file descriptor that becomes ready. run_chat() waits for all of them in one
-// poll(2), and what handles them does not block, so that Ctrl-C ends the chat at any moment.
+// poll(2); what handles them does not wait for long, so Ctrl-C ends the chat at any moment.
 #define _GNU_SOURCE
 #include "common.h"
 #include <dirent.h>
@@ -27,7 +27,7 @@
 // The argument of SYS_sched_setattr, sched_setattr(2). It has a name of its own because <sched.h>
 // defines struct sched_attr since glibc 2.41, but not before.
 typedef struct {
-    uint32_t size;                      // of this structure, by which the kernel knows its version
+    uint32_t size;                      // of this structure: the kernel derives its version from it
     uint32_t policy;                    // SCHED_...
     uint64_t flags;                     // 0
     int32_t nice;                       // SCHED_OTHER, SCHED_BATCH: -20..19
@@ -58,9 +58,10 @@ static bool find_policy(const char *name, uint32_t *policy) {
 // Sets the policy of one thread, if it has not just ended. Returns 0 or an errno. With SCHED_IDLE,
 // sched_setattr(2) ignores the nice value, so setpriority(2) sets it.
 static int set_policy(pid_t thread, const SchedulingAttributes *attributes) {
-    if (attributes->policy == SCHED_IDLE && setpriority(PRIO_PROCESS, thread, attributes->nice) < 0)
-        return errno;
-    return syscall(SYS_sched_setattr, thread, attributes, 0u) < 0 && errno != ESRCH ? errno : 0;
+    bool idle = attributes->policy == SCHED_IDLE;
+    bool refused = (idle && setpriority(PRIO_PROCESS, (id_t)thread, attributes->nice) < 0) ||
+                   syscall(SYS_sched_setattr, thread, attributes, 0u) < 0;
+    return refused && errno != ESRCH ? errno : 0;
 }
 
 // Sets the policy of all threads of an engine, which creates no more of them. Returns 0 or an
@@ -85,13 +86,12 @@ static void report_policy_error(const SchedulingAttributes *attributes, int erro
     if (policies[attributes->policy].option == 'n')
         snprintf(nice, sizeof(nice), " with the nice value %d", attributes->nice);
     if ((error == EPERM || error == EACCES) && attributes->policy == SCHED_DEADLINE)
-        advice =
-            "it needs an affinity to all CPUs of the machine and CAP_SYS_NICE, which sudo gives "
-            "unless a container or a cgroup forbids it";
+        advice = "it needs an affinity to all CPUs of the machine, and CAP_SYS_NICE: sudo gives it "
+                 "unless a container or a cgroup forbids it";
     else if (error == EPERM || error == EACCES)
-        advice = "it needs a resource limit that allows it (ulimit -e, -r) or CAP_SYS_NICE, which "
-                 "sudo gives unless a container or a cgroup forbids it";
-    else if (error == EBUSY) advice = "the CPUs have no time for such deadlines of all threads";
+        advice = "it needs a resource limit that allows it (ulimit -e, -r) or CAP_SYS_NICE: sudo "
+                 "gives it unless a container or a cgroup forbids it";
+    else if (error == EBUSY) advice = "the CPUs cannot guarantee that to all threads of the engine";
     else if (error == EINVAL) advice = "it needs 1024 ns <= runtime <= deadline <= period <= 4 s";
     else if (error == ENOENT) advice = "it needs /proc to find the threads of the engine";
     report_error("Cannot set %s%s (%s): %s.", policies[attributes->policy].name, nice,
@@ -105,7 +105,7 @@ typedef struct {
     Settings settings; // main only checks them, and passes them on as they were typed
     SchedulingAttributes attributes;
     char *values[128];       // of the options that were given: values['j']
-    char names[128][3];      // of the same: names['t'] is "-t"
+    char names[128][3];      // of the same options: names['t'] is "-t"
     char seed[24];           // as text
     char **engine_arguments; // for execv(3): the program's name, settings, threads, seed, NULL
     int argument_count;
@@ -180,14 +180,14 @@ static void parse_options(Options *options, char **arguments, int argc, char **a
     while ((option = getopt_long(argc, argv, OPTIONS, long_options, NULL)) != -1)
         parse_option(options, option, argv);
     char taken = policies[attributes->policy].option;
-    bool extra = optind + 1 < argc;
-    bool wrong = (values['n'] && taken != 'n') || (values['r'] && taken != 'r') ||
-                 (values['D'] != NULL) != (taken == 'D');
-    if (extra) report_error("%s: one seed is enough.", argv[optind + 1]);
-    if (wrong)
+    bool second_seed = optind + 1 < argc;
+    bool mismatch = (values['n'] && taken != 'n') || (values['r'] && taken != 'r') ||
+                    (values['D'] != NULL) != (taken == 'D');
+    if (second_seed) report_error("%s: expected only one seed.", argv[optind + 1]);
+    if (mismatch)
         report_error("Of -n, -r and -D, %s %s -%c.", policies[attributes->policy].name,
                      taken == 'D' && !values['D'] ? "needs" : "takes only", taken);
-    if (extra || wrong) exit_with_usage(USAGE, 2);
+    if (second_seed || mismatch) exit_with_usage(USAGE, 2);
     if (optind < argc) options->settings.seed = parse_seed(argv[optind], USAGE);
 
     // sched_setattr(2) sets the nice value along with the policy: by default to main's own.
@@ -212,7 +212,7 @@ typedef struct {
     double cpu_time;     // on that clock when it was last measured, in seconds
     double wall_time;    // the same moment on CLOCK_MONOTONIC
     bool logged;         // a line has been written since the prompt
-    bool failed;         // why a line could not be written has been reported
+    bool has_reported;   // why a line could not be written
     bool shares_output;  // stdout is the same terminal, pipe or file
     char text[4096];     // of /proc/<pid>/stat
 } Log;
@@ -242,10 +242,10 @@ static bool read_stat(Log *log, char *fields[FIELDS]) {
 
 // Reports once why the log is not complete, on a line of its own in a terminal.
 static void report_log_failure(Log *log, const char *file) {
-    if (!log->failed)
+    if (!log->has_reported)
         report_error("%sThe log is not complete: %s: %s.", isatty(STDOUT_FILENO) ? "\n" : "", file,
                      strerror(errno));
-    log->failed = true;
+    log->has_reported = true;
 }
 
 // Returns the engine's CPU use since the last call, in percent.
@@ -285,11 +285,11 @@ typedef enum {
     LOADING,    // until the engine is ready, no input is taken: if it fails, no prompt is lost
     PROMPTING,  // waiting for the user
     GENERATING, // waiting for the engine's reply
-    ENDING,     // waiting for stdout to take a newline; dismiss_engine() follows
+    FLUSHING,   // waiting for stdout to take a newline; dismiss_engine() follows
     EXITING     // waiting for the engine's exit
 } Phase;
 
-// Why the chat ends: ERROR is one that main has reported, INTERRUPTED is by SIGINT or SIGTERM. Of
+// Why the chat ends: ERROR means that main cannot go on, INTERRUPTED is by SIGINT or SIGTERM. Of
 // two reasons the later one in this list counts.
 typedef enum { NO_REASON, INPUT_ENDED, ENGINE_DIED, ERROR, INTERRUPTED } Reason;
 
@@ -297,13 +297,13 @@ typedef struct {
     const Options *options;
     Phase phase;
     Reason reason;
-    int interrupt;           // the first SIGINT or SIGTERM, or 0
-    pid_t pid;               // of the engine
-    int prompts_fd;          // write end of the pipe that is its stdin, non-blocking
-    int returns_fd;          // read end of the return pipe; -1 after the engine has closed it
-    int signals_fd;          // signalfd(2): signals are read like input, no handler runs
-    int timer_fd;            // timerfd_create(2): a log line or a kill is due
-    sigset_t inherited_mask; // with inherited_sigchld, what main changes only for itself
+    int interrupt;        // the first SIGINT or SIGTERM, or 0
+    pid_t pid;            // of the engine
+    int prompts_fd;       // write end of the pipe that is its stdin, non-blocking
+    int returns_fd;       // read end of the return pipe; -1 after the engine has closed it
+    int signals_fd;       // signalfd(2): signals are read like input, no handler runs
+    int timer_fd;         // timerfd_create(2): a log line or a kill is due
+    sigset_t engine_mask; // the signal mask that main inherited, and SIGUSR1 and SIGUSR2
     struct sigaction inherited_sigchld;
     LineReader input;
     Log log;
@@ -336,11 +336,10 @@ static int start_engine(Chat *chat) {
         // The engine must not outlive main, even if main is killed, or was before prctl(2).
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         if (getppid() != own_pid) _exit(1);
-        // RETURN_FD may be the number of prompts[0], which is not needed any more then; not that of
-        // returns[1], as the first pipe has the lowest free numbers.
+        // RETURN_FD may be signals_fd or an inherited file: the pipes have higher numbers.
         if (dup2(prompts[0], STDIN_FILENO) < 0 || dup2(returns[1], RETURN_FD) < 0) die("dup2");
         sigaction(SIGCHLD, &chat->inherited_sigchld, NULL);
-        sigprocmask(SIG_SETMASK, &chat->inherited_mask, NULL);
+        sigprocmask(SIG_SETMASK, &chat->engine_mask, NULL);
         execv(path, chat->options->engine_arguments);
         report_error("Cannot execute %s (%s). Build it with: make", path, strerror(errno));
         _exit(1);
@@ -373,13 +372,13 @@ static void set_timer(const Chat *chat, int milliseconds) {
 }
 
 // Called before the engine is reaped: its pid cannot be another process's.
-static void signal_engine(const Chat *chat, int number) {
-    if (kill(chat->pid, number) < 0) die("kill");
+static void signal_engine(const Chat *chat, int signal_number) {
+    if (kill(chat->pid, signal_number) < 0) die("kill");
 }
 
-// Begins the end of the chat, which lasts until the engine's exit. A normal one has no limit, as an
-// engine under SCHED_IDLE may wait long for a CPU. After an error or an interrupt, an engine that
-// has not exited after the grace period is killed.
+// Records why the chat ends, and starts its end, which lasts until the engine's exit. A normal end
+// has no time limit, as an engine under SCHED_IDLE may wait long for a CPU. After an error or an
+// interrupt, an engine that has not exited after the grace period is killed.
 static void end_chat(Chat *chat, Reason reason) {
     if (reason <= chat->reason) return;
     set_timer(chat, reason == INPUT_ENDED ? 0 : GRACE_PERIOD);
@@ -388,8 +387,8 @@ static void end_chat(Chat *chat, Reason reason) {
         signal_engine(chat, chat->interrupt);
         signal_engine(chat, SIGCONT); // a stopped engine would not see it otherwise
     } else if (chat->reason == NO_REASON) {
-        chat->phase = ENDING;
-        queue_text(chat, "\n");
+        chat->phase = FLUSHING;
+        queue_text(chat, "\n"); // once, also if another reason follows
     }
     chat->reason = reason;
 }
@@ -403,14 +402,14 @@ static void dismiss_engine(Chat *chat) {
 }
 
 // Writes the output after poll(2) has reported room for it, in a pipe for PIPE_BUF bytes. The
-// engine is not writing now, so write(2) does not block, although stdout is as main inherited it.
+// engine prints no reply now, so write(2) does not block, although stdout is as main inherited it.
 static void write_output(Chat *chat) {
     ssize_t count = write(STDOUT_FILENO, chat->output, chat->output_length);
     if (count >= 0) {
         chat->output_length -= (size_t)count;
         memmove(chat->output, chat->output + count, chat->output_length);
     } else if (errno != EAGAIN && errno != EINTR) {
-        // Quiet if the reader is gone, and if an error has been reported before
+        // Not reported if the reader has closed the pipe, or after another error
         if (errno != EPIPE && errno != EBADF && chat->reason <= INPUT_ENDED)
             report_error("Cannot write the output: %s.", strerror(errno));
         end_chat(chat, ERROR);
@@ -418,7 +417,7 @@ static void write_output(Chat *chat) {
     }
 }
 
-static void ask_for_prompt(Chat *chat) {
+static void queue_prompt_mark(Chat *chat) {
     chat->phase = PROMPTING;
     queue_text(chat, PROMPT_MARK);
 }
@@ -440,21 +439,20 @@ static void send_prompt(Chat *chat, char *line, size_t length) {
     }
 }
 
-// Takes lines of input until one is a prompt or no more can be taken for now.
+// Takes a line of input, if stdout has taken the prompt mark and there is a line.
 static void take_prompt(Chat *chat) {
     char line[MAX_PROMPT_LEN + 1];
-    while (chat->phase == PROMPTING && chat->output_length == 0) {
-        int length = next_line(&chat->input, line);
-        if (length == NO_LINE_YET) return;
-        if (length == LINE_TOO_LONG) queue_text(chat, TOO_LONG_MESSAGE, MAX_PROMPT_LEN);
-        if (length > 0) send_prompt(chat, line, (size_t)length);
-        else if (length == END_OF_INPUT) end_chat(chat, chat->input.failed ? ERROR : INPUT_ENDED);
-        else ask_for_prompt(chat);
-    }
+    if (chat->phase != PROMPTING || chat->output_length > 0) return;
+    int length = next_line(&chat->input, line);
+    if (length == NO_LINE_YET) return;
+    if (length == LINE_TOO_LONG) queue_text(chat, TOO_LONG_MESSAGE, MAX_PROMPT_LEN);
+    if (length > 0) send_prompt(chat, line, (size_t)length);
+    else if (length == END_OF_INPUT) end_chat(chat, chat->input.failed ? ERROR : INPUT_ENDED);
+    else queue_prompt_mark(chat);
 }
 
-// The engine is ready, with all its threads, so they get their policy. Its refusal matters only if
-// it was asked for. The prompt mark has been printed while the model was loading.
+// The engine is ready, with all its threads, so they get their policy. A refusal ends the chat only
+// if -s or -n asked for one. The prompt mark was queued before the model was loaded.
 static void finish_loading(Chat *chat) {
     const Options *options = chat->options;
     chat->phase = PROMPTING;
@@ -468,11 +466,11 @@ static void finish_loading(Chat *chat) {
 static void finish_reply(Chat *chat) {
     set_timer(chat, 0);
     if (!chat->log.logged) log_sample(&chat->log, false);
-    ask_for_prompt(chat);
+    queue_prompt_mark(chat);
 }
 
-// Reads a byte from the return pipe: the engine is ready, or a reply is finished.
-static void read_return_pipe(Chat *chat) {
+// The return pipe has a byte (the engine is ready, or a reply is finished), or has ended.
+static void handle_return_pipe(Chat *chat) {
     char byte;
     if (read(chat->returns_fd, &byte, 1) != 1) {
         close(chat->returns_fd); // its end would wake poll(2) again and again
@@ -494,7 +492,7 @@ static void handle_timer(Chat *chat) {
 }
 
 // Handles all pending signals. Returns whether the engine has died (SIGCHLD). If it died of Ctrl-C,
-// main's own SIGINT is pending by then. SIGUSR2 has done its work when it has woken poll(2).
+// main's own SIGINT is pending by then. SIGUSR2 needs no action: its byte is in the return pipe.
 static bool handle_signals(Chat *chat) {
     struct signalfd_siginfo info;
     bool died = false;
@@ -516,8 +514,9 @@ static bool handle_signals(Chat *chat) {
     return died;
 }
 
-// Holds the chat until the engine has exited. Returns its status by waitpid(2). poll(2) gets stdin
-// itself: on what open_input() opens it misses the end of a named pipe whose writers have gone.
+// Runs the chat until the engine has exited. Returns its status by waitpid(2). poll(2) gets stdin,
+// not input.fd: it misses the end of a named pipe that was opened again after its writers closed
+// it.
 static int run_chat(Chat *chat) {
     enum { TIMER, RETURNS, SIGNALS, INPUT, OUTPUT, EVENTS };
     for (;;) {
@@ -531,9 +530,9 @@ static int run_chat(Chat *chat) {
         };
         int status;
         if (poll(events, EVENTS, -1) < 0 && errno != EINTR) die("poll");
-        if (events[TIMER].revents) handle_timer(chat); // first: what follows may stop the timer
-        if (events[RETURNS].revents) read_return_pipe(chat);
-        if (events[INPUT].revents) read_more(&chat->input);
+        if (events[TIMER].revents) handle_timer(chat); // first: if the timer is set, read(2) blocks
+        if (events[RETURNS].revents) handle_return_pipe(chat);
+        if (events[INPUT].revents) read_more(&chat->input); // take_prompt() has left room
         if (events[OUTPUT].revents) write_output(chat);
         if (events[SIGNALS].revents && handle_signals(chat)) {
             pid_t pid = waitpid(chat->pid, &status, WNOHANG);
@@ -541,33 +540,33 @@ static int run_chat(Chat *chat) {
             if (pid > 0) return status;
         }
         take_prompt(chat);
-        if (chat->phase == ENDING && chat->output_length == 0) dismiss_engine(chat);
+        if (chat->phase == FLUSHING && chat->output_length == 0) dismiss_engine(chat);
     }
 }
 
 // Prints how the engine ended. Returns main's exit status.
 static int report_end(Chat *chat, int wait_status) {
-    int number = chat->interrupt; // of a signal
-    if (number == 0 && WIFSIGNALED(wait_status)) number = WTERMSIG(wait_status);
-    int code = number ? 128 + number : WEXITSTATUS(wait_status);
+    int signal_number = chat->interrupt;
+    if (signal_number == 0 && WIFSIGNALED(wait_status)) signal_number = WTERMSIG(wait_status);
+    int code = signal_number ? 128 + signal_number : WEXITSTATUS(wait_status);
     if (code != 0 || chat->reason == NO_REASON) end_chat(chat, ENGINE_DIED);
     // After an interrupt the engine may have printed half a line.
     queue_text(chat, "%sChild exited with %d", chat->interrupt ? "\n" : "", code);
-    if (number) queue_text(chat, " (%s)", strsignal(number));
+    if (signal_number) queue_text(chat, " (%s)", strsignal(signal_number));
     queue_text(chat, "\n");
     while (chat->output_length > 0 && is_writable(STDOUT_FILENO, REPORT_LIMIT)) write_output(chat);
-    if (chat->reason == INPUT_ENDED || chat->reason == INTERRUPTED) return code;
+    if (chat->reason == INPUT_ENDED) return code;
     // Lines that were typed or pasted ahead must not reach the shell, which would run them.
     if (tcgetpgrp(STDIN_FILENO) == getpgrp()) tcflush(STDIN_FILENO, TCIFLUSH);
-    return 1;
+    return chat->interrupt ? code : 1;
 }
 
 // ------------------------------------------------------------------------------------------------
 // The program
 
-// Opens a terminal or pipe on stdin again, without blocking: what poll(2) reports may be gone when
-// it is read. fcntl(2) would set O_NONBLOCK for the shell as well, which shares the open file
-// description. Returns stdin itself if that fails, and for a file.
+// Opens a terminal or pipe on stdin a second time, with O_NONBLOCK: another process may read first
+// what poll(2) has reported. fcntl(2) would set O_NONBLOCK for the shell as well, which shares the
+// open file description. Returns stdin itself if that fails, and for a file.
 static int open_input(void) {
     bool is_file = lseek(STDIN_FILENO, 0, SEEK_CUR) >= 0;
     int fd = is_file ? -1 : open("/proc/self/fd/0", O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
@@ -583,15 +582,15 @@ static void open_signals(Chat *chat) {
     sigemptyset(&blocked);
     for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++)
         sigaddset(&blocked, numbers[i]);
-    // A shell ignores SIGINT in a command with `&`, which is not for Ctrl-C to end.
+    // A shell ignores SIGINT in a command with `&`, so that Ctrl-C does not end it.
     sigaction(SIGINT, NULL, &sigint);
     if (sigint.sa_handler != SIG_IGN) sigaddset(&blocked, SIGINT);
     // If SIGCHLD stayed ignored, the engine's exit status would be lost.
     sigaction(SIGCHLD, &sigchld, &chat->inherited_sigchld);
-    if (sigprocmask(SIG_BLOCK, &blocked, &chat->inherited_mask) < 0) die("sigprocmask");
-    // In the engine an early SIGUSR1 must stay pending, and a stray SIGUSR2 must not kill.
-    sigaddset(&chat->inherited_mask, SIGUSR1);
-    sigaddset(&chat->inherited_mask, SIGUSR2);
+    if (sigprocmask(SIG_BLOCK, &blocked, &chat->engine_mask) < 0) die("sigprocmask");
+    // In the engine an early SIGUSR1 must stay pending, and a stray SIGUSR2 must not kill it.
+    sigaddset(&chat->engine_mask, SIGUSR1);
+    sigaddset(&chat->engine_mask, SIGUSR2);
     if ((chat->signals_fd = signalfd(-1, &blocked, SFD_NONBLOCK | SFD_CLOEXEC)) < 0)
         die("signalfd");
 }

@@ -175,8 +175,8 @@ static int init_thr_pool(int threads) {
 // ------------------------------------------------------------------------------------------------
 // The program
 
-static void print_cpu_time(CpuTime time) {
-    printf(" - user: %.4f s, system: %.4f s\n", time.user, time.system);
+static void print_cpu_time(CpuTime used) {
+    printf(" - user: %.4f s, system: %.4f s\n", used.user, used.system);
 }
 
 // Prints the CPU time of each thread. Thread 0 is the main thread, which has a line of its own for
@@ -205,10 +205,10 @@ int main(int argc, char **argv) {
     reserve_standard_fds();
     Settings settings = DEFAULT_SETTINGS;
     parse_settings(&settings, argc, argv, USAGE);
-    const char *operand = optind < argc ? argv[optind++] : "Nothing";
+    const char *text = optind < argc ? argv[optind++] : "";
     int threads;
-    if (!parse_integer(operand, 1, MAX_THREADS, &threads)) {
-        report_error("%s is not a number of threads from 1 to 64.", operand);
+    if (!parse_integer(text, 1, MAX_THREADS, &threads)) {
+        report_error("Expected the number of threads, from 1 to 64, not \"%s\".", text);
         exit_with_usage(USAGE, 2);
     }
     settings.seed = parse_seed(argv[optind], USAGE);

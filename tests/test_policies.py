@@ -221,7 +221,7 @@ class RefusalTest(PolicyTestCase):
         if os.cpu_count() > 64:
             self.skipTest("there are CPUs for as many threads as there may be")
         options = ("-j", min(os.cpu_count() + 1, 64), "-s", "DEADLINE", "-D", "20ms:20ms:20ms")
-        self.assert_refused(options, "SCHED_DEADLINE", "deadlines of all threads")
+        self.assert_refused(options, "SCHED_DEADLINE", "to all threads")
 
     def test_a_refusal_ends_the_chat_also_if_it_cannot_be_printed(self):
         """A full pipe behind stderr or stdout: the line is lost, at any time."""

@@ -129,21 +129,23 @@ class ScreenTest(SessionTestCase):
             self.assertNotIn("\x1b", session.text)
 
     def test_pasted_lines_do_not_reach_the_shell(self):
-        """If the engine dies in its first reply, the next line is unread: the shell would run it."""
-        session = self.start_fake("report()\nnext_prompt()\nput('Well')\nwait_for('end')\n"
-                                  "sys.exit(1)\n", terminal=True)
-        session.read_until(">>> ")
-        shell = os.open(os.readlink(f"/proc/{session.pid}/fd/0"), os.O_RDWR | os.O_NOCTTY)
-        session.send("Hello!\nrm -r *\n")
-        session.read_until("Well")
-        unread = array.array("i", [0])
-        fcntl.ioctl(shell, termios.FIONREAD, unread)
-        self.assertEqual(unread[0], len("rm -r *\n"))
-        session.release("end")
-        self.assertEqual(session.process.wait(PATIENCE), 1)
-        fcntl.ioctl(shell, termios.FIONREAD, unread)
-        self.assertEqual(unread[0], 0)
-        os.close(shell)
+        """If the chat ends in its first reply, the next line is unread: the shell would run it."""
+        for end, status in ((lambda session: session.release("end"), 1),
+                            (lambda session: session.signal(signal.SIGTERM), 143)):
+            session = self.start_fake("report()\nnext_prompt()\nput('Well')\nwait_for('end')\n"
+                                      "sys.exit(1)\n", terminal=True)
+            session.read_until(">>> ")
+            shell = os.open(os.readlink(f"/proc/{session.pid}/fd/0"), os.O_RDWR | os.O_NOCTTY)
+            session.send("Hello!\nrm -r *\n")
+            session.read_until("Well")
+            unread = array.array("i", [0])
+            fcntl.ioctl(shell, termios.FIONREAD, unread)
+            self.assertEqual(unread[0], len("rm -r *\n"))
+            end(session)
+            self.assertEqual(session.process.wait(PATIENCE), status)
+            fcntl.ioctl(shell, termios.FIONREAD, unread)
+            self.assertEqual(unread[0], 0)
+            os.close(shell)
 
     def test_no_hint_where_the_log_is_apart(self):
         """A log in a file disturbs nothing."""
