@@ -198,9 +198,7 @@ static void time_replies(const char *dir, int draft_tokens, bool repeating, int 
     int turns = repeating ? 1 : 3, tokens = 0;
     for (int i = 0; i < turns; i++) {
         if (generate(&s, "Tell me a story.", 16) < 0) exit(1);
-        int reply = s.length;
-        while (s.ids[reply - 1] != s.tokenizer.im_start) reply--;
-        tokens += s.length - reply;
+        tokens += reply_length(&s);
     }
     double time = seconds(CLOCK_MONOTONIC) - start;
     dprintf(output, "%.6g %.4g ", tokens / time, (double)tokens / counted_passes(&s.transformer));

@@ -38,6 +38,13 @@ static inline long counted_passes(const Transformer *t) {
 
 static inline long counted_tokens(const Transformer *t) { return swiglus / t->config.n_layers; }
 
+// Returns the number of tokens of the last reply.
+static inline int reply_length(const Session *s) {
+    int reply = s->length;
+    while (s->ids[reply - 1] != s->tokenizer.im_start) reply--;
+    return s->length - reply;
+}
+
 // Opens a session with the model in a folder, whose replies go nowhere from then on. Returns a
 // descriptor of the old stdout.
 static inline int open_silent_session(Session *s, const Settings *settings) {

@@ -4,7 +4,7 @@
 // of threads or batch, must equal this to the last bit.
 //
 // Every function is `static inline`, so that a test may use a few of them without a warning about
-// the rest. A lack of memory ends the program: this is for tests only.
+// the rest.
 
 #ifndef ORACLE_H
 #define ORACLE_H
@@ -23,15 +23,6 @@
 #endif
 
 #define ORACLE_GROUP 64 // weights, or activations, that share a scale
-
-static inline void *oracle_alloc(size_t count, size_t size) {
-    void *memory = calloc(count ? count : 1, size);
-    if (!memory) {
-        fprintf(stderr, "oracle: out of memory\n");
-        abort();
-    }
-    return memory;
-}
 
 // 64-bit FNV-1a, by which tests pin long rows of numbers
 static inline uint64_t oracle_fnv1a(const void *data, size_t size) {
@@ -104,25 +95,17 @@ static inline void oracle_quantize(const float *x, int n, int8_t *q, float *scal
     }
 }
 
-// The dot product of one group, exact
-static inline int32_t oracle_dot(const int8_t *a, const int8_t *b) {
-    int32_t sum = 0;
-    for (int i = 0; i < ORACLE_GROUP; i++) sum += a[i] * b[i];
-    return sum;
-}
-
 // out[rows] = W x, with W as q[rows][cols] and scale[rows][cols / 64], x as xq[cols] and
 // xscale[cols / 64]
 static inline void oracle_matvec(float *out, const int8_t *q, const float *scale, int rows,
                                  int cols, const int8_t *xq, const float *xscale) {
     int groups = cols / ORACLE_GROUP;
-    for (int row = 0; row < rows; row++) {
-        const int8_t *row_q = q + (size_t)row * cols;
-        const float *row_scale = scale + (size_t)row * groups;
+    for (int row = 0; row < rows; row++, q += cols, scale += groups) {
         float acc = 0.0f;
         for (int g = 0; g < groups; g++) {
-            int32_t dot = oracle_dot(row_q + g * ORACLE_GROUP, xq + g * ORACLE_GROUP);
-            acc = acc + ((float)dot * row_scale[g]) * xscale[g];
+            int32_t dot = 0; // exact
+            for (int i = g * ORACLE_GROUP; i < (g + 1) * ORACLE_GROUP; i++) dot += q[i] * xq[i];
+            acc = acc + ((float)dot * scale[g]) * xscale[g];
         }
         out[row] = acc;
     }
@@ -168,21 +151,20 @@ static inline void oracle_rotate(float *head, int pos, int head_size) {
 }
 
 // One head over `steps` time steps: out[head_size] from q[head_size], keys[steps][head_size] and
-// values[steps][head_size]. key_stride and value_stride are the floats from one step to the next.
-// weights[steps] receives the softmax.
+// values[steps][head_size]. `stride` is the floats from one step to the next. weights[steps]
+// receives the softmax.
 static inline void oracle_attention(float *out, const float *q, const float *keys,
-                                    size_t key_stride, const float *values, size_t value_stride,
-                                    int steps, int head_size, float *weights) {
+                                    const float *values, size_t stride, int steps, int head_size,
+                                    float *weights) {
     for (int t = 0; t < steps; t++) {
-        const float *k = keys + t * key_stride;
         float score = 0.0f;
-        for (int i = 0; i < head_size; i++) score += q[i] * k[i];
+        for (int i = 0; i < head_size; i++) score += q[i] * keys[t * stride + i];
         weights[t] = score / sqrtf((float)head_size);
     }
     oracle_softmax(weights, steps);
     for (int i = 0; i < head_size; i++) {
         out[i] = 0.0f;
-        for (int t = 0; t < steps; t++) out[i] += weights[t] * values[t * value_stride + i];
+        for (int t = 0; t < steps; t++) out[i] += weights[t] * values[t * stride + i];
     }
 }
 
@@ -190,135 +172,81 @@ static inline void oracle_attention(float *out, const float *q, const float *key
 // The model: llama2.c's int8 checkpoint, version 2, read whole into memory
 
 typedef struct {
-    const int8_t *q;    // [rows][cols]
-    const float *scale; // [rows][cols / 64]
-    int rows, cols;
-} OracleTensor;
-
-typedef struct {
-    const float *rms_att; // [dim]
-    const float *rms_ffn; // [dim]
-    OracleTensor wq;      // [dim][dim]
-    OracleTensor wk, wv;  // [kv_dim][dim]
-    OracleTensor wo;      // [dim][dim]
-    OracleTensor w1, w3;  // [hidden_dim][dim], gate and up
-    OracleTensor w2;      // [dim][hidden_dim], down
-} OracleLayer;
-
-typedef struct {
-    int32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len;
-} OracleShape; // seven int32, in the order of the header
-
-typedef struct {
-    OracleShape shape;
+    int32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len; // as in the file
     int head_size, kv_dim;
-    char *file;                         // the checkpoint's bytes, to which all weights point
-    float *state;                       // the memory of all that is computed
-    const float *rms_final;             // [dim]
-    OracleTensor embedding, classifier; // [vocab_size][dim]
-    OracleLayer *layers;                // [n_layers]
+    char *file; // the checkpoint's bytes, to which all weights point
 
-    float *keys, *values;    // [n_layers][seq_len][kv_dim]
-    float *x, *normed, *out; // [dim]
-    float *q, *heads;        // [dim], that is [n_heads][head_size]
-    float *gate, *up;        // [hidden_dim]
-    float *weights;          // [seq_len]
-    float *logits;           // [vocab_size]
-    int8_t *xq;              // [max(dim, hidden_dim)]
-    float *xscale;           // [max(dim, hidden_dim) / 64]
+    const float *rms_att, *rms_ffn; // [n_layers][dim]
+    const float *rms_final;         // [dim]
+    // A tensor for each layer, one after the other: int8 q[rows][cols], float scale[rows][cols /
+    // 64]
+    const char *wq, *wo;                // [dim][dim]
+    const char *wk, *wv;                // [kv_dim][dim]
+    const char *w1, *w3;                // [hidden_dim][dim], gate and up
+    const char *w2;                     // [dim][hidden_dim], down
+    const char *embedding, *classifier; // a single tensor [vocab_size][dim]
+
+    float *keys, *values; // [n_layers][seq_len][kv_dim]
+    float *logits;        // [vocab_size]
 } OracleModel;
 
 static inline char *oracle_read_file(const char *path, size_t *size) {
     FILE *f = fopen(path, "rb");
     if (!f || fseek(f, 0, SEEK_END) != 0) return NULL;
     *size = (size_t)ftell(f);
-    char *bytes = oracle_alloc(*size, 1);
+    char *bytes = calloc(*size, 1);
     rewind(f);
     *size = fread(bytes, 1, *size, f);
     fclose(f);
     return bytes;
 }
 
-static inline const float *oracle_take_floats(const char **at, size_t count) {
-    const float *floats = (const float *)*at;
-    *at += count * sizeof(float);
-    return floats;
+// Returns where `count` parts of the file begin, and moves *at to their end.
+static inline const void *oracle_take(const char **at, int count, size_t size) {
+    const char *start = *at;
+    *at += (size_t)count * size;
+    return start;
 }
 
-// Aligned for floats whenever *at is: a tensor's size is a multiple of 64
-static inline OracleTensor oracle_take_tensor(const char **at, int rows, int cols) {
-    size_t size = (size_t)rows * (size_t)cols;
-    OracleTensor tensor = {.q = (const int8_t *)*at, .rows = rows, .cols = cols};
-    *at += size;
-    tensor.scale = oracle_take_floats(at, size / ORACLE_GROUP);
-    return tensor;
+// Bytes; a multiple of 4, so that floats after a tensor are aligned
+static inline size_t oracle_tensor_size(int rows, int cols) {
+    size_t weights = (size_t)rows * (size_t)cols;
+    return weights + weights / ORACLE_GROUP * sizeof(float);
 }
 
-// Points the weights into the file; returns the end of what they cover
-static inline const char *oracle_map_weights(OracleModel *m, int shared_classifier) {
-    const OracleShape *p = &m->shape;
-    OracleLayer *layer = m->layers;
-    const char *at = m->file + 256;
-    for (int l = 0; l < p->n_layers; l++) layer[l].rms_att = oracle_take_floats(&at, p->dim);
-    for (int l = 0; l < p->n_layers; l++) layer[l].rms_ffn = oracle_take_floats(&at, p->dim);
-    m->rms_final = oracle_take_floats(&at, p->dim);
-    m->embedding = oracle_take_tensor(&at, p->vocab_size, p->dim);
-    for (int l = 0; l < p->n_layers; l++) layer[l].wq = oracle_take_tensor(&at, p->dim, p->dim);
-    for (int l = 0; l < p->n_layers; l++) layer[l].wk = oracle_take_tensor(&at, m->kv_dim, p->dim);
-    for (int l = 0; l < p->n_layers; l++) layer[l].wv = oracle_take_tensor(&at, m->kv_dim, p->dim);
-    for (int l = 0; l < p->n_layers; l++) layer[l].wo = oracle_take_tensor(&at, p->dim, p->dim);
-    for (int l = 0; l < p->n_layers; l++)
-        layer[l].w1 = oracle_take_tensor(&at, p->hidden_dim, p->dim);
-    for (int l = 0; l < p->n_layers; l++)
-        layer[l].w2 = oracle_take_tensor(&at, p->dim, p->hidden_dim);
-    for (int l = 0; l < p->n_layers; l++)
-        layer[l].w3 = oracle_take_tensor(&at, p->hidden_dim, p->dim);
-    m->classifier =
-        shared_classifier ? m->embedding : oracle_take_tensor(&at, p->vocab_size, p->dim);
-    return at;
+static inline void oracle_free(OracleModel *m) {
+    free(m->file), free(m->keys), free(m->values), free(m->logits);
 }
-
-static inline float *oracle_take(float **memory, size_t count) {
-    float *floats = *memory;
-    *memory += count;
-    return floats;
-}
-
-static inline void oracle_alloc_state(OracleModel *m) {
-    const OracleShape *p = &m->shape;
-    size_t cache = (size_t)p->n_layers * p->seq_len * m->kv_dim;
-    size_t widest = p->dim > p->hidden_dim ? p->dim : p->hidden_dim;
-    float *memory = m->state = oracle_alloc(
-        2 * cache + 5 * p->dim + 2 * p->hidden_dim + p->seq_len + p->vocab_size + 2 * widest, 4);
-    m->keys = oracle_take(&memory, cache);
-    m->values = oracle_take(&memory, cache);
-    m->x = oracle_take(&memory, p->dim);
-    m->normed = oracle_take(&memory, p->dim);
-    m->out = oracle_take(&memory, p->dim);
-    m->q = oracle_take(&memory, p->dim);
-    m->heads = oracle_take(&memory, p->dim);
-    m->gate = oracle_take(&memory, p->hidden_dim);
-    m->up = oracle_take(&memory, p->hidden_dim);
-    m->weights = oracle_take(&memory, p->seq_len);
-    m->logits = oracle_take(&memory, p->vocab_size);
-    m->xscale = oracle_take(&memory, widest / ORACLE_GROUP);
-    m->xq = (int8_t *)memory;
-}
-
-static inline void oracle_free(OracleModel *m) { free(m->file), free(m->layers), free(m->state); }
 
 // Returns 0, or -1 if the file is not such a checkpoint of the size that its header announces.
 static inline int oracle_load(OracleModel *m, const char *path) {
     size_t size = 0;
     *m = (OracleModel){.file = oracle_read_file(path, &size)};
-    OracleShape *p = &m->shape;
-    if (size >= 256) memcpy(p, m->file + 8, sizeof *p);
-    if (size >= 256 && p->n_heads > 0) {
-        m->head_size = p->dim / p->n_heads;
-        m->kv_dim = m->head_size * p->n_kv_heads;
-        m->layers = oracle_alloc(p->n_layers, sizeof *m->layers);
-        oracle_alloc_state(m);
-        if (oracle_map_weights(m, m->file[36]) == m->file + size) return 0;
+    if (size >= 256) memcpy(m, m->file + 8, 7 * sizeof(int32_t));
+    if (m->n_heads > 0) {
+        int layers = m->n_layers, dim = m->dim, shared_classifier = m->file[36];
+        m->head_size = dim / m->n_heads;
+        m->kv_dim = m->head_size * m->n_kv_heads;
+        size_t embedding = oracle_tensor_size(m->vocab_size, dim), norm = dim * sizeof(float);
+        size_t square = oracle_tensor_size(dim, dim), narrow = oracle_tensor_size(m->kv_dim, dim);
+        size_t wide = oracle_tensor_size(m->hidden_dim, dim);
+        const char *at = m->file + 256;
+        m->rms_att = oracle_take(&at, layers, norm);
+        m->rms_ffn = oracle_take(&at, layers, norm);
+        m->rms_final = oracle_take(&at, 1, norm);
+        m->embedding = oracle_take(&at, 1, embedding);
+        m->wq = oracle_take(&at, layers, square);
+        m->wk = oracle_take(&at, layers, narrow);
+        m->wv = oracle_take(&at, layers, narrow);
+        m->wo = oracle_take(&at, layers, square);
+        m->w1 = oracle_take(&at, layers, wide);
+        m->w2 = oracle_take(&at, layers, wide);
+        m->w3 = oracle_take(&at, layers, wide);
+        m->classifier = shared_classifier ? m->embedding : oracle_take(&at, 1, embedding);
+        m->keys = calloc((size_t)layers * m->seq_len * m->kv_dim, sizeof(float));
+        m->values = calloc((size_t)layers * m->seq_len * m->kv_dim, sizeof(float));
+        m->logits = calloc(m->vocab_size, sizeof(float));
+        if (at == m->file + size) return 0;
     }
     oracle_free(m);
     return -1;
@@ -327,69 +255,64 @@ static inline int oracle_load(OracleModel *m, const char *path) {
 // -------------------------------------------------------------------------------------------------
 // Forward: one token at one position
 
-// out = tensor * m->xq
-static inline void oracle_project(OracleModel *m, float *out, const OracleTensor *tensor) {
-    oracle_matvec(out, tensor->q, tensor->scale, tensor->rows, tensor->cols, m->xq, m->xscale);
+// out[rows] = the tensor [rows][cols] of a layer times x[cols], which is quantized first
+static inline void oracle_project(float *out, const char *tensors, int layer, int rows, int cols,
+                                  const float *x) {
+    const char *q = tensors + layer * oracle_tensor_size(rows, cols);
+    const float *scale = (const float *)(q + (size_t)rows * cols);
+    int8_t xq[cols];
+    float xscale[cols / ORACLE_GROUP];
+    oracle_quantize(x, cols, xq, xscale);
+    oracle_matvec(out, (const int8_t *)q, scale, rows, cols, xq, xscale);
 }
 
-static inline void oracle_add_residual(OracleModel *m) {
-    for (int i = 0; i < m->shape.dim; i++) m->x[i] = m->x[i] + m->out[i];
-}
+static inline void oracle_attention_block(OracleModel *m, float *x, int l, int pos) {
+    int dim = m->dim, kv_dim = m->kv_dim, head_size = m->head_size;
+    float *keys = m->keys + (size_t)l * m->seq_len * kv_dim, *key = keys + (size_t)pos * kv_dim;
+    float *values = m->values + (size_t)l * m->seq_len * kv_dim;
+    float normed[dim], q[dim], heads[dim], out[dim], weights[pos + 1];
 
-static inline void oracle_attention_block(OracleModel *m, int l, int pos) {
-    const OracleShape *p = &m->shape;
-    const OracleLayer *layer = &m->layers[l];
-    float *keys = m->keys + (size_t)l * p->seq_len * m->kv_dim;
-    float *values = m->values + (size_t)l * p->seq_len * m->kv_dim;
-    float *key = keys + (size_t)pos * m->kv_dim;
-    int heads_per_kv_head = p->n_heads / p->n_kv_heads;
-
-    oracle_rmsnorm(m->normed, m->x, layer->rms_att, p->dim);
-    oracle_quantize(m->normed, p->dim, m->xq, m->xscale);
-    oracle_project(m, m->q, &layer->wq);
-    oracle_project(m, key, &layer->wk);
-    oracle_project(m, values + (size_t)pos * m->kv_dim, &layer->wv);
-    for (int h = 0; h < p->n_heads; h++) oracle_rotate(m->q + h * m->head_size, pos, m->head_size);
-    for (int h = 0; h < p->n_kv_heads; h++)
-        oracle_rotate(key + h * m->head_size, pos, m->head_size);
-    for (int h = 0; h < p->n_heads; h++) {
-        int kv_offset = h / heads_per_kv_head * m->head_size;
-        oracle_attention(m->heads + h * m->head_size, m->q + h * m->head_size, keys + kv_offset,
-                         m->kv_dim, values + kv_offset, m->kv_dim, pos + 1, m->head_size,
-                         m->weights);
+    oracle_rmsnorm(normed, x, m->rms_att + l * dim, dim);
+    oracle_project(q, m->wq, l, dim, dim, normed);
+    oracle_project(key, m->wk, l, kv_dim, dim, normed);
+    oracle_project(values + (size_t)pos * kv_dim, m->wv, l, kv_dim, dim, normed);
+    for (int h = 0; h < m->n_heads; h++) oracle_rotate(q + h * head_size, pos, head_size);
+    for (int h = 0; h < m->n_kv_heads; h++) oracle_rotate(key + h * head_size, pos, head_size);
+    for (int h = 0; h < m->n_heads; h++) {
+        int kv_offset = h / (m->n_heads / m->n_kv_heads) * head_size;
+        oracle_attention(heads + h * head_size, q + h * head_size, keys + kv_offset,
+                         values + kv_offset, kv_dim, pos + 1, head_size, weights);
     }
-    oracle_quantize(m->heads, p->dim, m->xq, m->xscale);
-    oracle_project(m, m->out, &layer->wo);
-    oracle_add_residual(m);
+    oracle_project(out, m->wo, l, dim, dim, heads);
+    for (int i = 0; i < dim; i++) x[i] = x[i] + out[i];
 }
 
-static inline void oracle_ffn_block(OracleModel *m, int l) {
-    const OracleShape *p = &m->shape;
-    const OracleLayer *layer = &m->layers[l];
-    oracle_rmsnorm(m->normed, m->x, layer->rms_ffn, p->dim);
-    oracle_quantize(m->normed, p->dim, m->xq, m->xscale);
-    oracle_project(m, m->gate, &layer->w1);
-    oracle_project(m, m->up, &layer->w3);
-    oracle_swiglu(m->gate, m->up, p->hidden_dim);
-    oracle_quantize(m->gate, p->hidden_dim, m->xq, m->xscale);
-    oracle_project(m, m->out, &layer->w2);
-    oracle_add_residual(m);
+static inline void oracle_ffn_block(OracleModel *m, float *x, int l) {
+    int dim = m->dim, hidden_dim = m->hidden_dim;
+    float normed[dim], gate[hidden_dim], up[hidden_dim], out[dim];
+    oracle_rmsnorm(normed, x, m->rms_ffn + l * dim, dim);
+    oracle_project(gate, m->w1, l, hidden_dim, dim, normed);
+    oracle_project(up, m->w3, l, hidden_dim, dim, normed);
+    oracle_swiglu(gate, up, hidden_dim);
+    oracle_project(out, m->w2, l, dim, hidden_dim, gate);
+    for (int i = 0; i < dim; i++) x[i] = x[i] + out[i];
 }
 
 // The logits [vocab_size] after token at position pos; positions 0..pos-1 have been computed.
 // 0 <= token < vocab_size and 0 <= pos < seq_len.
 static inline float *oracle_forward(OracleModel *m, int token, int pos) {
-    const OracleShape *p = &m->shape;
-    size_t start = (size_t)token * p->dim;
-    for (int i = 0; i < p->dim; i++)
-        m->x[i] = (float)m->embedding.q[start + i] * m->embedding.scale[(start + i) / ORACLE_GROUP];
-    for (int l = 0; l < p->n_layers; l++) {
-        oracle_attention_block(m, l, pos);
-        oracle_ffn_block(m, l);
+    int dim = m->dim;
+    const int8_t *q = (const int8_t *)m->embedding + (size_t)token * dim;
+    const float *scale = (const float *)(m->embedding + (size_t)m->vocab_size * dim) +
+                         (size_t)token * dim / ORACLE_GROUP;
+    float x[dim];
+    for (int i = 0; i < dim; i++) x[i] = (float)q[i] * scale[i / ORACLE_GROUP];
+    for (int l = 0; l < m->n_layers; l++) {
+        oracle_attention_block(m, x, l, pos);
+        oracle_ffn_block(m, x, l);
     }
-    oracle_rmsnorm(m->normed, m->x, m->rms_final, p->dim);
-    oracle_quantize(m->normed, p->dim, m->xq, m->xscale);
-    oracle_project(m, m->logits, &m->classifier);
+    oracle_rmsnorm(x, x, m->rms_final, dim);
+    oracle_project(m->logits, m->classifier, 0, m->vocab_size, dim, x);
     return m->logits;
 }
 
@@ -443,8 +366,8 @@ static inline int oracle_pick(const OracleCandidate *sorted, int n, float top_p,
 static inline int oracle_sample(OracleSampler *sampler, const float *logits, int vocab) {
     if (sampler->temperature == 0.0f) return oracle_first_maximum(logits, vocab);
 
-    float *p = oracle_alloc(vocab, sizeof *p);
-    OracleCandidate *candidates = oracle_alloc(vocab, sizeof *candidates);
+    float *p = calloc(vocab, sizeof *p);
+    OracleCandidate *candidates = calloc(vocab, sizeof *candidates);
     for (int i = 0; i < vocab; i++) p[i] = logits[i] / sampler->temperature;
     oracle_softmax(p, vocab);
 
@@ -456,8 +379,7 @@ static inline int oracle_sample(OracleSampler *sampler, const float *logits, int
     qsort(candidates, kept, sizeof *candidates, oracle_compare_candidates);
     int id =
         kept ? oracle_pick(candidates, kept, sampler->top_p, coin) : oracle_first_maximum(p, vocab);
-    free(p);
-    free(candidates);
+    free(p), free(candidates);
     return id;
 }
 

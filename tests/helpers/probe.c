@@ -64,28 +64,6 @@ static void golden(char **arguments) {
     printf("final %016llx\n", (unsigned long long)hash_logits(logits, vocab_size));
 }
 
-// The same by the oracle, token by token
-static void golden_oracle(char **arguments) {
-    OracleModel m;
-    if (oracle_load(&m, arguments[0]) < 0) exit(1);
-    OracleSampler sampler = {.state = strtoull(arguments[1], NULL, 10),
-                             .temperature = strtof(arguments[2], NULL),
-                             .top_p = strtof(arguments[3], NULL)};
-    int n = count(arguments) - 5, samples = atoi(arguments[4]), vocab_size = m.shape.vocab_size;
-    for (int i = 0; i < n; i++) {
-        oracle_forward(&m, atoi(arguments[5 + i]), i);
-        printf("logits %016llx\n", (unsigned long long)hash_logits(m.logits, vocab_size));
-    }
-    printf("first %a %a %a %a\n", m.logits[0], m.logits[1], m.logits[2], m.logits[3]);
-    for (int i = 0; i < samples; i++) {
-        int token = oracle_sample(&sampler, m.logits, vocab_size);
-        printf("sample %d\n", token);
-        oracle_forward(&m, token, n + i);
-    }
-    printf("final %016llx\n", (unsigned long long)hash_logits(m.logits, vocab_size));
-    oracle_free(&m);
-}
-
 // The logits of every token against the oracle's until the window is full, in passes of many
 // lengths
 static void check_window(char **arguments) {
@@ -145,10 +123,8 @@ static float random_between(float low, float high) {
 
 static int random_below(int n) { return (int)(random_u32(&random_state) % (uint32_t)n); }
 
-static float *random_floats(size_t n, float low, float high) {
-    float *x = oracle_alloc(n, sizeof(float));
-    for (size_t i = 0; i < n; i++) x[i] = random_between(low, high);
-    return x;
+static void fill(float *x, int n, float low, float high) {
+    for (int i = 0; i < n; i++) x[i] = random_between(low, high);
 }
 
 static void expect_same(const char *what, const void *is, const void *should_be, size_t size) {
@@ -157,106 +133,103 @@ static void expect_same(const char *what, const void *is, const void *should_be,
     exit(1);
 }
 
+// Takes q[rows][cols] and s[rows][cols / 64] through a file, as a model's tensors go. The caller
+// frees the panels.
+static QuantizedTensor packed(const int8_t *q, const float *s, int rows, int cols) {
+    ModelFile file = {.path = "matrix", .stream = tmpfile()};
+    fwrite(q, 1, rows * cols, file.stream);
+    fwrite(s, sizeof(float), rows * cols / GROUP, file.stream);
+    rewind(file.stream);
+    Memory memory = {0};
+    take_tensor(&memory, rows, cols); // counts
+    memory = (Memory){.start = calloc(memory.taken, 1)};
+    QuantizedTensor w = take_tensor(&memory, rows, cols);
+    read_tensor(&file, &w, 0, rows);
+    fclose(file.stream);
+    return w;
+}
+
 // One shape: rows x cols weights (-128 among them), n tokens, and a range of rows.
 static void check_matrix(const Kernels *kernels, int rows, int cols, int n, int first, int last) {
-    size_t weights = (size_t)rows * (size_t)cols, groups = (size_t)cols / GROUP, tokens = (size_t)n;
-    int8_t *q = oracle_alloc(weights, 1);
-    for (size_t i = 0; i < weights; i++)
+    const int groups = cols / GROUP, room = (n + 15) / 16 * 16; // tiles are whole
+    int8_t q[rows * cols], all_q[room * cols], expected_q[cols];
+    float s[rows * groups], all_s[groups * room], expected_s[groups], x[n * cols];
+    float out[n * rows], expected[n * rows];
+    int32_t correction[n * groups];
+    for (int i = 0; i < rows * cols; i++)
         q[i] = (int8_t)(random_below(8) ? random_below(256) : -128);
-    float *s = random_floats(weights / GROUP, 1e-3f, 1e-2f);
-    float *x = random_floats(tokens * (size_t)cols, -4, 4);
+    fill(s, rows * groups, 1e-3f, 1e-2f);
+    fill(x, n * cols, -4, 4);
     if (random_below(2)) memset(x, 0, GROUP * sizeof(float)); // a group whose scale is 0
     if (random_below(2)) x[cols - 1] = 1e4f;                  // and one with an outlier
-    Memory memory = {0};
-    take_tensor(&memory, (size_t)rows, (size_t)cols); // counts
-    memory = (Memory){.start = oracle_alloc(memory.taken, 1)};
-    QuantizedTensor w = take_tensor(&memory, (size_t)rows, (size_t)cols);
-    // The matrix goes through a file, as a model's do.
-    ModelFile file = {.path = "matrix", .stream = tmpfile()};
-    fwrite(q, 1, weights, file.stream);
-    fwrite(s, sizeof(float), weights / GROUP, file.stream);
-    rewind(file.stream);
-    read_tensor(&file, &w, 0, (size_t)rows);
-    fclose(file.stream);
-    const size_t room = (tokens + 15) / 16 * 16; // tiles of AMX are read whole
-    QuantizedActivations a = {.width = (size_t)cols,
-                              .q = oracle_alloc(room * (size_t)cols, 1),
-                              .s = oracle_alloc(room * groups, sizeof(float)),
-                              .correction = oracle_alloc(tokens * groups, sizeof(int32_t))};
-    float *out = random_floats(tokens * (size_t)rows, 7, 8),
-          *expected = oracle_alloc(tokens * (size_t)rows, 4);
-    memcpy(expected, out,
-           tokens * (size_t)rows * sizeof(float)); // outside of the range nothing changes
-    int8_t *xq = oracle_alloc((size_t)cols, 1);
-    float *xs = oracle_alloc(groups, sizeof(float));
-    for (size_t token = 0; token < tokens; token++) {
-        const float *values = x + token * (size_t)cols;
-        kernels->quantize(&a, token, values);
-        oracle_quantize(values, cols, xq, xs);
-        expect_same("quantize, q", a.q + token * (size_t)cols, xq, (size_t)cols);
-        expect_same("quantize, scale", a.s + token * groups, xs, groups * sizeof(float));
-        oracle_matvec(expected + token * (size_t)rows + first, q + (size_t)first * (size_t)cols,
-                      s + (size_t)first * groups, last - first, cols, xq, xs);
+    fill(out, n * rows, 7, 8);
+    memcpy(expected, out, sizeof(out)); // outside of the range nothing changes
+    QuantizedTensor w = packed(q, s, rows, cols);
+    QuantizedActivations a = {.width = cols, .q = all_q, .s = all_s, .correction = correction};
+    for (int token = 0; token < n; token++) {
+        kernels->quantize(&a, token, x + token * cols);
+        oracle_quantize(x + token * cols, cols, expected_q, expected_s);
+        expect_same("quantize, q", all_q + token * cols, expected_q, cols);
+        expect_same("quantize, scale", all_s + token * groups, expected_s, sizeof(expected_s));
+        oracle_matvec(expected + token * rows + first, q + first * cols, s + first * groups,
+                      last - first, cols, expected_q, expected_s);
     }
-    Range range = {.first = (size_t)first, .end = (size_t)last};
+    Range range = {.first = first, .end = last};
     if (n == 1) kernels->mat_vec_mul(out, &w, range, &a);
-    else kernels->mat_mat_mul(out, &w, range, &a, tokens);
-    expect_same(n == 1 ? "mat_vec_mul" : "mat_mat_mul", out, expected,
-                tokens * (size_t)rows * sizeof(float));
-    free(memory.start);
-    free(q), free(s), free(x), free(a.q), free(a.s), free(a.correction), free(out), free(expected),
-        free(xq), free(xs);
+    else kernels->mat_mat_mul(out, &w, range, &a, n);
+    expect_same(n == 1 ? "mat_vec_mul" : "mat_mat_mul", out, expected, sizeof(out));
+    free(w.panels);
 }
 
 // `heads` heads that share keys and values of `times` positions, which come in two pieces, as from
 // two chunks.
-static void check_attention(const Kernels *kernels, int heads, int head_size, int times) {
-    const int piece = random_below(times / KEY_BLOCK + 1) * KEY_BLOCK;
-    size_t hs = (size_t)head_size;
-    size_t stride = ((size_t)times + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK;
-    float *q = random_floats((size_t)heads * hs, -2, 2);
-    float *k = random_floats((size_t)times * hs, -2, 2);
-    float *values = random_floats((size_t)times * hs, -2, 2);
-    float *keys = random_floats(stride * hs, -2, 2);
-    float *att = random_floats((size_t)heads * stride, 0, 1);
-    float *out = oracle_alloc((size_t)heads * hs, 4);
-    float *expected = oracle_alloc(hs, 4), *weights = oracle_alloc((size_t)times, 4);
-    for (size_t t = 0; t < (size_t)times; t++)
-        for (size_t i = 0; i < hs; i++)
-            keys[t / KEY_BLOCK * KEY_BLOCK * hs + i * KEY_BLOCK + t % KEY_BLOCK] = k[t * hs + i];
-    float *later_keys = keys + (size_t)piece * hs, *later_values = values + (size_t)piece * hs;
-    const QueryHeads shared = {(size_t)heads, hs, stride, .ahead = 1024 * (size_t)random_below(2)};
+static void check_attention(const Kernels *kernels, int heads, int size, int times) {
+    const int piece = random_below(times / KEY_BLOCK + 1) * KEY_BLOCK, rest = times - piece;
+    const int stride = (times + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK;
+    const QueryHeads shared = {heads, size, stride, .ahead = 1024 * random_below(2)};
+    float q[heads * size], k[times * size], values[times * size], keys[stride * size];
+    float att[heads * stride], out[heads * size], expected[size], weights[times];
+    fill(q, heads * size, -2, 2);
+    fill(k, times * size, -2, 2);
+    fill(values, times * size, -2, 2);
+    fill(keys, stride * size, -2, 2);
+    for (int t = 0; t < times; t++)
+        for (int i = 0; i < size; i++)
+            keys[t / KEY_BLOCK * KEY_BLOCK * size + i * KEY_BLOCK + t % KEY_BLOCK] =
+                k[t * size + i];
+    memset(out, 0, sizeof(out));
     kernels->score(att, q, keys, piece, shared);
-    kernels->score(att + piece, q, later_keys, times - piece, shared);
-    for (size_t head = 0; head < (size_t)heads; head++)
-        kernels->softmax(att + head * stride, times);
+    kernels->score(att + piece, q, keys + piece * size, rest, shared);
+    for (int head = 0; head < heads; head++) kernels->softmax(att + head * stride, times);
     kernels->weighted_sum(out, att, values, piece, shared);
-    kernels->weighted_sum(out, att + piece, later_values, times - piece, shared);
-    for (size_t head = 0; head < (size_t)heads; head++) {
-        oracle_attention(expected, q + head * hs, k, hs, values, hs, times, head_size, weights);
-        expect_same("score and softmax", att + head * stride, weights, (size_t)times * 4);
-        expect_same("weighted_sum", out + head * hs, expected, hs * 4);
+    kernels->weighted_sum(out, att + piece, values + piece * size, rest, shared);
+    for (int head = 0; head < heads; head++) {
+        oracle_attention(expected, q + head * size, k, values, size, times, size, weights);
+        expect_same("score and softmax", att + head * stride, weights, sizeof(weights));
+        expect_same("weighted_sum", out + head * size, expected, sizeof(expected));
     }
-    free(q), free(k), free(values), free(keys), free(att), free(out), free(expected), free(weights);
+}
+
+static void check_group(const Kernels *kernels, const float *x) {
+    int8_t q[GROUP], expected[GROUP];
+    float s, scale;
+    int32_t sum;
+    QuantizedActivations a = {.width = GROUP, .q = q, .s = &s, .correction = &sum};
+    kernels->quantize(&a, 0, x);
+    oracle_quantize(x, GROUP, expected, &scale);
+    expect_same("rounding", q, expected, GROUP);
 }
 
 // round half away from zero, for all t = x / scale that a group with the scale 1 can hold
 static void check_rounding(const Kernels *kernels) {
-    float x[GROUP];
-    int8_t q[GROUP], expected[GROUP];
-    float s[1], scale[1];
-    int32_t sum[1];
-    QuantizedActivations a = {.width = GROUP, .q = q, .s = s, .correction = sum};
+    float x[GROUP] = {127};
     for (uint32_t bits = 0; bits <= 0x42FE0000; bits += 37 * (GROUP - 1)) { // up to 127
-        x[0] = 127;
         for (uint32_t i = 1; i < GROUP; i++) {
             uint32_t this = bits + 37 * i < 0x42FE0000 ? bits + 37 * i : 0x3EFFFFFF; // 0.49999997
             memcpy(&x[i], &this, 4);
             if (i % 2) x[i] = -x[i];
         }
-        kernels->quantize(&a, 0, x);
-        oracle_quantize(x, GROUP, expected, scale);
-        expect_same("rounding", q, expected, GROUP);
+        check_group(kernels, x);
     }
     for (int half = 0; half < 127; half++) { // the halves themselves and their neighbours
         for (int i = 1; i < GROUP; i++) {
@@ -264,15 +237,10 @@ static void check_rounding(const Kernels *kernels) {
             x[i] = i % 3 == 0 ? tie : nextafterf(tie, i % 3 == 1 ? 0 : 1000);
             if (i % 2) x[i] = -x[i];
         }
-        kernels->quantize(&a, 0, x);
-        oracle_quantize(x, GROUP, expected, scale);
-        expect_same("rounding of halves", q, expected, GROUP);
+        check_group(kernels, x);
     }
-    for (int i = 0; i < GROUP; i++)
-        x[i] = 1.4e-45f * (float)(i * 4); // a denormal scale: q is limited
-    kernels->quantize(&a, 0, x);
-    oracle_quantize(x, GROUP, expected, scale);
-    expect_same("denormal scale", q, expected, GROUP);
+    for (int i = 0; i < GROUP; i++) x[i] = 1.4e-45f * (float)(i * 4);
+    check_group(kernels, x); // a denormal scale: q is limited
 }
 
 static void check_swiglu(const Kernels *kernels) {
@@ -286,26 +254,17 @@ static void check_swiglu(const Kernels *kernels) {
     expect_same("swiglu", out, expected, sizeof(expected));
 }
 
-// The body of the AVX-VNNI table with its instruction in the encoding of AVX-512, and, for machines
-// with AVX2 only, emulated.
-#if defined(AVXVNNI) && !defined(PARALLEL) // once is enough: they take long to compile
-#define ISA evex
-#define LANES 8
-#define TARGET __attribute__((target("avx2,avx512vl,avx512vnni")))
-#define DOT4(sum, w, x) _mm256_dpbusd_epi32((__m256i)(sum), (__m256i)(w), (__m256i)(x))
-#define UNSIGNED_WEIGHTS 1
-#include "../../model.h"
-
+#if !defined(PARALLEL) // once is enough: these tables take long to compile
+#if defined(__x86_64__)
+// The body of the AVX-VNNI table with its instruction in plain C, for machines with AVX2
 __attribute__((target("avx2"))) static inline __m256i emulated_dpbusd(__m256i sum, __m256i w,
                                                                       __m256i x) {
-    uint8_t unsigned_bytes[32];
-    int8_t signed_bytes[32];
-    int32_t lanes[8];
-    memcpy(unsigned_bytes, &w, 32);
-    memcpy(signed_bytes, &x, 32);
-    memcpy(lanes, &sum, 32);
-    for (int i = 0; i < 32; i++) lanes[i / 4] += unsigned_bytes[i] * signed_bytes[i];
-    memcpy(&sum, lanes, 32);
+    int32_t lane[8];
+    memcpy(lane, &sum, sizeof(lane));
+    const uint8_t *unsigned_byte = (const uint8_t *)&w;
+    const int8_t *signed_byte = (const int8_t *)&x;
+    for (int i = 0; i < 32; i++) lane[i / 4] += unsigned_byte[i] * signed_byte[i];
+    memcpy(&sum, lane, sizeof(lane));
     return sum;
 }
 #define ISA emulated
@@ -316,7 +275,6 @@ __attribute__((target("avx2"))) static inline __m256i emulated_dpbusd(__m256i su
 #include "../../model.h"
 #endif
 
-#if !defined(PARALLEL)
 // mat_mat_mul() with the tile instructions of AMX in plain C: what they do to `rows` rows of
 // `bytes` bytes, as the configuration has it.
 static struct {
@@ -405,18 +363,15 @@ static void check_chosen_kernels(char **arguments) {
     check_kernels(kernels);
 }
 
-// With the instructions of AMX emulated, and the two other forms of the AVX-VNNI table, where this
-// machine can run them
+// With the instructions of AMX and of AVX-VNNI in plain C
 static void check_emulated_kernels(char **arguments) {
     (void)arguments;
 #if !defined(PARALLEL)
     check_kernels(&kernels_tiles);
-#endif
-#if defined(AVXVNNI) && !defined(PARALLEL)
+#if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2")) check_kernels(&kernels_emulated);
-    if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
-        check_kernels(&kernels_evex);
+#endif
 #endif
 }
 
@@ -433,33 +388,39 @@ static void hash_rope(char **arguments) {
            (unsigned long long)oracle_fnv1a(table, 2048 * (size_t)head_size * sizeof(float)));
 }
 
-// e^x of every STEP-th of all floats against the oracle; with STEP 1 of all 2^32. Also counts how
-// many differ from libm's expf.
-static void check_exp(char **arguments) {
-    uint32_t step = (uint32_t)atoi(*arguments);
+// Compares e^x of every `step`-th float between two bit patterns with the oracle, with libm's expf
+// only for count[2]. count: floats, unlike the oracle's, unlike libm's.
+static void compare_exp(const Kernels *kernels, uint32_t from, uint32_t to, uint32_t step,
+                        unsigned long count[3]) {
     enum { AT_A_TIME = 1000 };
-    const Kernels *kernels = choose_kernels();
     float x[AT_A_TIME], y[AT_A_TIME];
-    unsigned long long compared = 0, wrong = 0, unlike_libm = 0;
-    for (uint64_t bits = 0; bits <= UINT32_MAX;) {
+    for (uint64_t bits = from; bits <= to;) {
         int n = 0;
-        for (; n < AT_A_TIME && bits <= UINT32_MAX; bits += step, n++) {
-            uint32_t this = (uint32_t)bits;
-            memcpy(&x[n], &this, 4);
-        }
+        for (; n < AT_A_TIME && bits <= to; bits += step, n++)
+            memcpy(&x[n], &(uint32_t){(uint32_t)bits}, 4);
         memcpy(y, x, sizeof(y));
         kernels->exp_minus(y, (size_t)n, 0);
         for (int i = 0; i < n; i++) {
             float right = oracle_expf(x[i]), libm = expf(x[i]);
-            compared++;
-            if (isnan(x[i])) wrong += !isnan(y[i]);
-            else
-                wrong += memcmp(&right, &y[i], 4) != 0, unlike_libm += memcmp(&libm, &y[i], 4) != 0;
+            bool nan = isnan(x[i]) && isnan(y[i]); // of any bits
+            count[0]++;
+            count[1] += !nan && memcmp(&right, &y[i], 4) != 0;
+            count[2] += !nan && memcmp(&libm, &y[i], 4) != 0;
         }
     }
-    printf("%s: %llu floats, %llu differ from the definition, %llu from libm\n", kernels->name,
-           compared, wrong, unlike_libm);
-    if (wrong) exit(1);
+}
+
+// e^x of every STEP-th of all floats, and of all near those beyond which it is infinite or 0; with
+// STEP 1 of all 2^32
+static void check_exp(char **arguments) {
+    const Kernels *kernels = choose_kernels();
+    unsigned long count[3] = {0};
+    compare_exp(kernels, 0, UINT32_MAX, (uint32_t)atoi(*arguments), count);
+    compare_exp(kernels, 0x42B17200, 0x42B17230, 1, count); // 0x1.62e42ep6
+    compare_exp(kernels, 0xC2CFF1A0, 0xC2CFF1D0, 1, count); // -0x1.9fe368p6
+    printf("%s: %lu floats, %lu differ from the definition, %lu from libm\n", kernels->name,
+           count[0], count[1], count[2]);
+    if (count[1] > 0) exit(1);
 }
 
 // The sampler against the oracle's full sort, on logits of many shapes
@@ -470,7 +431,8 @@ static void check_sampler(char **arguments) {
     const Kernels *kernels = choose_kernels();
     for (int run = 0; run < 6 * 5 * 5 * 8; run++) {
         int n = sizes[run % 6], shape = run / 150;
-        float *logits = random_floats((size_t)n, -8, 8), *copy = oracle_alloc((size_t)n, 4);
+        float logits[n], copy[n];
+        fill(logits, n, -8, 8);
         for (int i = 0; i < n; i++) {
             if (shape == 1) logits[i] = 3;                         // all equal
             if (shape == 2) logits[i] = (float)random_below(4);    // many equal
@@ -482,7 +444,7 @@ static void check_sampler(char **arguments) {
         build_sampler(&s, n, oracle.temperature, oracle.top_p, oracle.state);
         s.kernels = kernels;
         for (int draw = 0; draw < 4; draw++) {
-            memcpy(copy, logits, (size_t)n * sizeof(float));
+            memcpy(copy, logits, sizeof(copy));
             int is = sample(&s, copy), should_be = oracle_sample(&oracle, logits, n);
             if (is == should_be) continue;
             fprintf(stderr,
@@ -491,41 +453,8 @@ static void check_sampler(char **arguments) {
             exit(1);
         }
         free_sampler(&s);
-        free(logits), free(copy);
     }
     puts("the sampler agrees with the oracle");
-}
-
-// Ids drawn from the same logits again and again
-static void print_samples(char **arguments) {
-    Sampler s;
-    int n = count(arguments) - 4;
-    float *logits = oracle_alloc((size_t)n, sizeof(float));
-    build_sampler(&s, n, strtof(arguments[1], NULL), strtof(arguments[2], NULL),
-                  strtoull(arguments[0], NULL, 10));
-    for (int draw = 0; draw < atoi(arguments[3]); draw++) {
-        for (int i = 0; i < n; i++) logits[i] = strtof(arguments[4 + i], NULL);
-        printf("%d\n", sample(&s, logits));
-    }
-    free_sampler(&s);
-    free(logits);
-}
-
-// e^x of each
-static void print_exponentials(char **arguments) {
-    const Kernels *kernels = choose_kernels();
-    int n = count(arguments);
-    float *x = oracle_alloc((size_t)n, sizeof(float));
-    for (int i = 0; i < n; i++) x[i] = strtof(arguments[i], NULL);
-    kernels->exp_minus(x, (size_t)n, 0);
-    for (int i = 0; i < n; i++) printf("%a\n", (double)x[i]);
-    free(x);
-}
-
-// The bits of the entries of its table
-static void print_exp_table(char **arguments) {
-    (void)arguments;
-    for (int i = 0; i < 32; i++) printf("%016llx\n", (unsigned long long)exp_table[i]);
 }
 
 // Two chats with the same random settings, one of them without drafts, must be the
@@ -560,58 +489,48 @@ static void check_drafts(char **arguments) {
         if (plain.length != drafting.length || plain.turn_count != drafting.turn_count ||
             memcmp(plain.ids, drafting.ids, (size_t)plain.length * sizeof(int)) != 0)
             fail("drafts: they change the conversation");
-        int reply = drafting.length;
-        while (drafting.ids[reply - 1] != drafting.tokenizer.im_start) reply--;
-        tokens += drafting.length - reply;
+        tokens += reply_length(&drafting);
     }
     dprintf(output, "%ld tokens %ld passes\n", tokens, counted_passes(&drafting.transformer));
 }
 
-// The tokens of all turns, and how many were computed for them
-static void count_long_chat(char **arguments) {
+// Computes the last tokens of the conversation once more from the KV cache. The logits must be
+// those of a transformer that computes what is left of it from its first token.
+static void check_cache(Session *s, Transformer *fresh) {
+    enum { LAST = 8 }; // fewer than the tokens of any turn, and more than are not in the cache yet
+    int from = s->length - LAST;
+    const float *cached = forward(&s->transformer, s->ids + from, LAST, from, 1);
+    const float *expected = forward(fresh, s->ids, s->length, 0, 1);
+    if (s->ids[0] != s->tokenizer.im_start) fail("long_chat: what is left is not whole turns");
+    if (memcmp(cached, expected, (size_t)fresh->config.vocab_size * sizeof(float)) != 0)
+        fail("long_chat: the KV cache does not hold the conversation");
+}
+
+// A chat whose context window rolls over. Prints the tokens of all turns, how many were computed
+// for them, and how often the oldest turns were dropped.
+static void check_long_chat(char **arguments) {
     Session s;
+    Transformer fresh;
     Settings settings = DEFAULT_SETTINGS;
     settings.dir = arguments[0];
     settings.max_new_tokens = atoi(arguments[2]);
     settings.draft_tokens = 0;
-    int output = open_silent_session(&s, &settings);
+    int output = open_silent_session(&s, &settings), rollovers = 0;
+    char path[4096];
+    snprintf(path, sizeof(path), "%s/model.bin", settings.dir);
+    if (build_transformer(&fresh, path) < 0) exit(1);
     Kernels counting;
     count_work(&s.transformer, &counting);
     long tokens = 0;
-    for (int turn = 0; turn < atoi(arguments[1]); turn++) {
+    for (int turn = 0, length = 0; turn < atoi(arguments[1]); turn++, length = s.length) {
         const char *prompt = turn % 2 ? "What is a pipe?" : "My name is Zelda.";
         if (generate(&s, prompt, strlen(prompt)) < 0) fail("long_chat: no reply");
         tokens += s.length - s.turns[s.turn_count - 1];
-    }
-    dprintf(output, "%ld %ld\n", tokens, counted_tokens(&s.transformer));
-}
-
-// A chat until the context window has rolled over some times. After each time the
-// last tokens are computed once more from the KV cache, and the logits must be those of a
-// transformer that computes what is left of the conversation from its first token.
-static void check_rollover(char **arguments) {
-    enum { LAST = 8 }; // fewer than the tokens of any turn, and more than are not in the cache yet
-    char path[4096];
-    Session s;
-    Transformer fresh;
-    Settings settings = DEFAULT_SETTINGS;
-    settings.dir = *arguments;
-    snprintf(path, sizeof(path), "%s/model.bin", *arguments);
-    if (build_transformer(&fresh, path) < 0) exit(1);
-    int output = open_silent_session(&s, &settings), turns = 0;
-    for (int rollovers = 0, length = 0; rollovers < 2; turns++, length = s.length) {
-        const char *prompt = turns % 2 ? "Tell me a story." : "What is a thread?";
-        if (generate(&s, prompt, strlen(prompt)) < 0) fail("rollover: no reply");
         if (s.length >= length) continue;
         rollovers++;
-        if (s.ids[0] != s.tokenizer.im_start) fail("rollover: what is left is not whole turns");
-        int from = s.length - LAST;
-        const float *cached = forward(&s.transformer, s.ids + from, LAST, from, 1);
-        const float *expected = forward(&fresh, s.ids, s.length, 0, 1);
-        if (memcmp(cached, expected, (size_t)fresh.config.vocab_size * sizeof(float)) != 0)
-            fail("rollover: the KV cache does not hold the conversation");
+        check_cache(&s, &fresh);
     }
-    dprintf(output, "%d turns\n", turns);
+    dprintf(output, "%ld %ld %d\n", tokens, counted_tokens(&s.transformer), rollovers);
 }
 
 // The names of the kernel tables that this machine can run, the best first
@@ -641,24 +560,12 @@ static void load_models(char **paths) {
     printf("%ld\n", usage.ru_maxrss);
 }
 
-// The peak of the memory, once tokens from all over the vocabulary have been decoded,
-// and the size of the weights, both in kB
-static void measure_memory(char **arguments) {
-    Transformer t;
-    struct rusage usage;
-    if (build_transformer(&t, *arguments) < 0) exit(1);
-    for (int i = 0; i < 32; i++) forward(&t, &(int){i * (t.config.vocab_size / 32)}, 1, i, 1);
-    getrusage(RUSAGE_SELF, &usage);
-    printf("%ld %zu\n", usage.ru_maxrss, (size_t)t.weights.memory.size / 1024);
-}
-
 // What a command allocates stays until the process ends.
 static const struct {
     const char *name, *arguments;
     void (*run)(char **arguments);
 } commands[] = {
     {"golden", "MODEL SEED TEMPERATURE TOP_P SAMPLES BATCH TOKEN...", golden},
-    {"oracle", "MODEL SEED TEMPERATURE TOP_P SAMPLES TOKEN...", golden_oracle},
     {"window", "MODEL", check_window},
     {"encode", "TOKENIZER VOCAB_SIZE <texts", encode_texts},
     {"classes", "TOKENIZER VOCAB_SIZE", print_classes},
@@ -667,15 +574,10 @@ static const struct {
     {"emulated", "", check_emulated_kernels},
     {"rope", "HEAD_SIZE", hash_rope},
     {"exp", "STEP", check_exp},
-    {"expf", "X...", print_exponentials},
-    {"exp_table", "", print_exp_table},
     {"sampler", "", check_sampler},
-    {"sample", "SEED TEMPERATURE TOP_P COUNT LOGIT...", print_samples},
     {"drafts", "DIR SEED", check_drafts},
-    {"long_chat", "DIR TURNS MAX_NEW_TOKENS", count_long_chat},
-    {"rollover", "DIR", check_rollover},
+    {"long_chat", "DIR TURNS MAX_NEW_TOKENS", check_long_chat},
     {"load", "MODEL...", load_models},
-    {"memory", "MODEL", measure_memory},
 };
 enum { COMMANDS = sizeof(commands) / sizeof(commands[0]) };
 
