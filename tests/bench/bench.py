@@ -16,23 +16,17 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
-from artifacts import BUILD, TESTS, smollm_shape  # noqa: E402
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS / "helpers"), str(TESTS / "experiments")]
+from artifacts import compiled_program, smollm_shape  # noqa: E402
 from probes import kernel_tables  # noqa: E402
+from report import spread, table  # noqa: E402
 from support import MAIN, Session  # noqa: E402
 
 POSITIONS, PROMPTS, THREADS = (100, 1000, 2000), (16, 128, 512), (1, 2, 4, 8, 16)
 HEAD = [*(f"decoding near {p}, of limit" for p in POSITIONS), *(f"prompt of {p}" for p in PROMPTS)]
-VOCAB_SIZE = 49152
+BENCH, VOCAB_SIZE = "bench/bench.c", 49152
 MINUTES_PER_RUN = 1
-
-
-def build(name, *flags):
-    """bench.c with the options of the one-line builds."""
-    program = Path(BUILD) / name
-    subprocess.run(["gcc", "-Wall", "-Wextra", "-o", program, TESTS / "bench" / "bench.c", *flags,
-                    "-lm", "-lpthread"], check=True)
-    return program
 
 
 def figures(program, *arguments, **environment):
@@ -40,20 +34,6 @@ def figures(program, *arguments, **environment):
     result = subprocess.run([program, *map(str, arguments)], check=True, stdout=subprocess.PIPE,
                             env={**os.environ, **environment}, universal_newlines=True)
     return list(zip(*(map(float, line.split()) for line in result.stdout.splitlines())))
-
-
-def spread(values, form="{:.0f}"):
-    """Median (least to most)."""
-    least, median, most = min(values), statistics.median(values), max(values)
-    return f"{form} ({form}-{form})".format(median, least, most)
-
-
-def print_table(head, rows):
-    print("| " + " | ".join(head) + " |")
-    print("|" + " --- |" * len(head))
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
-    print(flush=True)
 
 
 def start_up(folder, kernels):
@@ -88,37 +68,38 @@ def decoding_and_prompts(columns):
 
 def single_thread(runs, model, folder):
     rows = []
-    bench = build("bench", "-O3")
+    bench = compiled_program(BENCH, "-O3")
     for kernels in kernel_tables():
         columns = figures(bench, model, runs, KERNELS=kernels)
-        row = [kernels, spread([b / 1e9 for b in columns[0]], "{:.1f}"), *decoding_and_prompts(columns)]
+        row = [kernels, spread([b / 1e9 for b in columns[0]]), *decoding_and_prompts(columns)]
         *times, peak = zip(*(start_up(folder, kernels) for _ in range(runs)))
-        rows.append([*row, *(spread(t, "{:.1f}") for t in times), f"{statistics.median(peak):.0f}"])
+        rows.append([*row, *(spread(t) for t in times), f"{statistics.median(peak):.0f}"])
     megabytes = " and ".join(f"{size / 1e6:.0f} (near {position})"
                              for (size, *_), position in zip(columns[2::3], POSITIONS))
     print(f"One thread. A token reads {megabytes} MB: weights and KV cache. Tokens per second, "
           "median (least-most).\n")
-    print_table(["kernels", "read GB/s", *HEAD, "start to first token, ms", "prompt to first token, ms",
-                 "memory, MB"], rows)
+    print(table(["kernels", "read GB/s", *HEAD, "start to first token, ms",
+                 "prompt to first token, ms", "memory, MB"], rows), flush=True)
 
 
 def thread_counts(runs, model):
     rows = []
-    bench = build("bench-parallel", "-O2", "-DPARALLEL")
+    bench = compiled_program(BENCH, "-O2", "-DPARALLEL")
     for threads in THREADS:
         columns = figures(bench, model, runs, THREADS=str(threads))
         user, system = columns[-2:]
-        rows.append([str(threads), spread([b / 1e9 for b in columns[0]], "{:.1f}"),
+        rows.append([str(threads), spread([b / 1e9 for b in columns[0]]),
                      *decoding_and_prompts(columns),
                      f"{statistics.median(user):.3f}", f"{statistics.median(system):.3f}"])
-    print(f"Threads, on {os.cpu_count()} CPUs. User and system seconds are those of 28 tokens near 100.\n")
-    print_table(["threads", "read GB/s", *HEAD, "user, s", "system, s"], rows)
+    print(f"Threads, on {os.cpu_count()} CPUs. User and system seconds are those of 28 tokens near 100."
+          "\n")
+    print(table(["threads", "read GB/s", *HEAD, "user, s", "system, s"], rows), flush=True)
 
 
 def drafts(runs, folder):
     """Speculative decoding: tokens per pass, and the speed against that without drafts."""
     rows = []
-    bench = build("bench", "-O3")
+    bench = compiled_program(BENCH, "-O3")
     for name, option, model in (("small model, the same prompt three times", "--drafts", TESTS / "tiny"),
                                 ("SmolLM's shape, one token repeated", "--repeating", folder)):
         plain, _, drafted, per_pass = figures(bench, option, model, runs)
@@ -126,7 +107,7 @@ def drafts(runs, folder):
         rows.append([name, spread(plain), spread(drafted), f"{statistics.median(per_pass):.1f}",
                      f"{gain:.2f}"])
     print("Drafts, on one thread. Tokens per second.\n")
-    print_table(["text", "without drafts", "with drafts", "tokens per pass", "gain"], rows)
+    print(table(["text", "without drafts", "with drafts", "tokens per pass", "gain"], rows), flush=True)
 
 
 def main():

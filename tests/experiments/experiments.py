@@ -20,7 +20,7 @@ sys.path[:0] = [str(TESTS / "helpers"), str(TESTS.parent)]
 from artifacts import TOP, smollm_shape  # noqa: E402
 from chart import bar_chart  # noqa: E402
 from measuring import CPUS, MeasuredSession, Refused  # noqa: E402
-from report import column, overlap, save, table, triple  # noqa: E402
+from report import column, save, table, triple  # noqa: E402
 
 from avg_cpu_use import average, parse  # noqa: E402
 
@@ -76,28 +76,18 @@ def find_model(folder):
     return smollm_shape(), "SmolLM-135M's shape, random weights, a vocabulary of 1024"
 
 
-def announce(plan, text, steps, seconds_per_step):
-    """Print beforehand what the experiment does and how long it takes."""
+def take(plan, text, steps, seconds_per_step):
+    """Print what the experiment does and how long it takes, then give the steps one by one; which one
+    it is goes to stderr if that is a terminal.
+    """
     seconds = sum(map(seconds_per_step, steps))
     time_text = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
     print(f"{text}, {plan.runs} runs each. It should take at most {time_text}.\n"
           f"The model: {plan.model_name}.", flush=True)
-
-
-def take(steps, seconds_per_step):
-    """The steps one by one, (run, *what), with the time left on stderr if that is a terminal."""
-    known = {}  # seconds of each step, as far as it was taken in an earlier run
-    for i, step in enumerate(steps):
+    for i, step in enumerate(steps, 1):
         if sys.stderr.isatty():
-            left = sum(known.get(later[1:]) or seconds_per_step(later) for later in steps[i:])
-            what = ", ".join(map(str, step[1:]))
-            print(f"\r{i} of {len(steps)} done, at most {left:.0f} s left: {what}\033[K", end="",
-                  file=sys.stderr, flush=True)
-        begin = time.monotonic()
+            print(f"{i} of {len(steps)}:", *step[1:], file=sys.stderr, flush=True)
         yield step
-        known[step[1:]] = time.monotonic() - begin
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -109,12 +99,10 @@ def measure_policy(plan, options, load, log):
         reply = session.measure(plan.prompt, plan.limit, CPUS if load == LOADS[1] else ())
     with open(log, encoding="utf-8") as lines:
         samples = parse(lines)
-    migrations = sum(old.task_cpu != new.task_cpu for old, new in zip(samples, samples[1:]))
-    if reply.at_end["migrations"] is not None:
-        migrations = reply.at_end["migrations"] - reply.at_prompt["migrations"]
     return {"speed": reply.tokens_per_second(plan.whole), "cpu": average(samples) if samples else 0,
             "switches": reply.at_end["switches"] - reply.at_prompt["switches"],
-            "migrations": migrations, "finished": bool(reply.info), "log": log.name}
+            "migrations": sum(a.task_cpu != b.task_cpu for a, b in zip(samples, samples[1:])),
+            "finished": bool(reply.info), "log": log.name}
 
 
 def policy_rows(runs):
@@ -126,7 +114,7 @@ def policy_rows(runs):
 
 
 def policy_table(runs, load):
-    head = [f"policy, {load}", "tok/s", "CPU use, %", "involuntary switches", "migrations"]
+    head = [f"policy, {load}", "tok/s", "CPU use, %", "involuntary switches", "migrations seen"]
     rows = []
     for policy, *good, refused in policy_rows(runs):
         chosen = good[LOADS.index(load)]
@@ -138,7 +126,7 @@ def policy_table(runs, load):
 
 
 def policy_conclusions(rows):
-    """What the figures show: medians, and whether the ranges of two policies overlap."""
+    """What the figures show, in medians."""
     rows = [(policy, *([run["speed"] for run in runs] for runs in good))
             for policy, *good, _ in rows if all(good)]
     if not rows:
@@ -154,13 +142,6 @@ def policy_conclusions(rows):
     parts.append("Of its speed alone, each keeps beside the load: " + "; ".join(
         f"{policy} {100 * median(beside) / median(alone):.1f}%" for policy, alone, beside in rows
         if median(alone)) + ".")
-    speeds = {policy: beside for policy, _, beside in rows}
-    alike = [name for name, speed in speeds.items() if name.startswith("SCHED_OTHER")
-             for other in [speeds.get(name.replace("OTHER", "BATCH"))]
-             if other and overlap(speed, other)]
-    if alike:
-        parts.append("Beside the load, the ranges of SCHED_BATCH and SCHED_OTHER overlap at "
-                     + ", ".join(name.split(", ")[1] for name in alike) + ".")
     return " ".join(parts)
 
 
@@ -171,10 +152,9 @@ def policies(options):
 
     def expected(step):
         return plan.seconds + (plan.limit if step[2] == LOADS[1] else 0)
-    announce(plan, f"{len(POLICIES)} policies, alone and beside {len(CPUS)} busy processes", steps,
-             expected)
     runs = []
-    for run, policy, load in take(steps, expected):
+    text = f"{len(POLICIES)} policies, alone and beside {len(CPUS)} busy processes"
+    for run, policy, load in take(plan, text, steps, expected):
         figures = {"policy": policy, "load": load, "run": run}
         try:
             figures.update(measure_policy(plan, dict(POLICIES)[policy], load,
@@ -188,9 +168,6 @@ def policies(options):
     if any(run.get("finished") is False for run in runs):
         notes.append(f"\\* Not finished after {plan.limit:g} s and interrupted; the speed is that "
                      "of the part of the reply that came.\n")
-    if not Path("/proc/self/sched").exists():
-        notes.append("This kernel does not count migrations; they are changes of task_cpu in the "
-                     "log.\n")
     title = f"Scheduling policies beside {len(CPUS)} busy processes"
     chart = bar_chart(f"{title}: decoding speed", "tok/s", LOADS, [
         (policy, [triple([run["speed"] for run in chosen]) if chosen else "refused"
@@ -236,38 +213,22 @@ def thread_table(runs, part):
                  rows)
 
 
-def thread_conclusions(runs):
-    parts = []
-    for part, name in zip(PARTS, ("Prompts are read", "Decoding is")):
-        ups = speed_ups(runs, part)
-        best = max(ups, key=lambda count: statistics.median(ups[count]))
-        parts.append(f"{name} fastest with {best} thread{'s' * (best > 1)}: "
-                     f"{statistics.median(ups[best]):.2f} times the speed of one (medians).")
-        similar = [str(count) for count in ups if count != best and overlap(ups[count], ups[best])]
-        if similar:
-            parts.append(f"The range of speeds overlaps with that of {', '.join(similar)} threads.")
-    parts.append(f"{len(CPUS)} CPUs were usable. Speed-up and efficiency are medians; efficiency "
-                 "is the speed-up divided by the number of threads.")
-    return " ".join(parts)
-
-
 def threads(options):
     plan = Plan(options, LONG_PROMPT)
     steps = [(run, count) for run in range(1, plan.runs + 1) for count in THREADS]
 
-    def expected(_):
-        return 2 * plan.seconds
-    announce(plan, f"{len(THREADS)} numbers of threads", steps, expected)
     runs = []
-    for run, count in take(steps, expected):
+    text = f"{len(THREADS)} numbers of threads"
+    for run, count in take(plan, text, steps, lambda _: 2 * plan.seconds):
         for figures in measure_threads(plan, count, plan.log(count, "threads", run)):
             runs.append({"threads": count, "run": run, **figures})
     title = f"Threads on {len(CPUS)} CPUs"
     ups = [speed_ups(runs, part) for part in PARTS]
     chart = bar_chart(f"{title}: speed-up over one thread", "times", PARTS, [
         (f"threads: {count}", [triple(up[count]) for up in ups]) for count in THREADS])
-    save(plan, title, [thread_table(runs, part) for part in PARTS], thread_conclusions(runs), runs,
-         chart)
+    save(plan, title, [thread_table(runs, part) for part in PARTS],
+         "Speed-up and efficiency are medians; efficiency is the speed-up divided by the number of "
+         "threads.", runs, chart)
 
 
 def main():

@@ -38,14 +38,10 @@ def busy_processes(cpus):
 
 
 def counters(pid):
-    """What the kernel has counted: CPU times of a process in seconds, and of its first thread the
-    involuntary context switches and the migrations (None if the kernel does not report them)."""
+    """What the kernel has counted: CPU times of a process in seconds, and the involuntary context
+    switches of its first thread."""
     process, status = Process(pid), Path(f"/proc/{pid}/status").read_text(errors="replace")
-    migrations = None
-    with contextlib.suppress(OSError):
-        sched = Path(f"/proc/{pid}/sched").read_text()
-        migrations = int(re.search(r"nr_migrations\s*:\s*(\d+)", sched)[1])
-    return {"user": process.user, "system": process.system, "migrations": migrations,
+    return {"user": process.user, "system": process.system,
             "switches": int(re.search(r"\nnonvoluntary_ctxt_switches:\s*(\d+)", status)[1])}
 
 

@@ -62,9 +62,5 @@ def column(runs, name, form="{:.1f}"):
     return spread(values, form) if values else ""
 
 
-def overlap(values, others):
-    return min(values) <= max(others) and min(others) <= max(values)
-
-
 def triple(values):
     return statistics.median(values), min(values), max(values)
