@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from support import MAIN, PATIENCE, TOP, SessionTestCase
+from support import MAIN, PATIENCE, TOP, SessionTestCase, wait_until
 
 LINE = ("[pid] {pid} [tcomm] (inference) [state] R [policy] SCHED_OTHER [nice] 0 "
         "[vsize] 358088704 [task_cpu] {task_cpu} [utime] {utime} [stime] 3 [cpu%] {cpu}%\n")
@@ -29,10 +29,11 @@ def steady(uses, utime=0, **fields):
         lines.append(line(f"{use:.2f}", utime, **fields))
     return "".join(lines)
 
+
 class LogReaderTestCase(SessionTestCase):
     def average(self, *arguments, stdout=subprocess.PIPE, **options):
-        return subprocess.run([sys.executable, TOP / "avg_cpu_use.py", *arguments],
-                              stdout=stdout, stderr=subprocess.PIPE, encoding="utf-8",
+        return subprocess.run([sys.executable, TOP / "avg_cpu_use.py", *arguments], stdout=stdout,
+                              stderr=subprocess.PIPE, encoding="utf-8", errors="surrogateescape",
                               timeout=PATIENCE, **options)
 
     def log(self, content):
@@ -40,8 +41,8 @@ class LogReaderTestCase(SessionTestCase):
         log.write_bytes(content if isinstance(content, bytes) else content.encode())
         return log
 
-    def average_of(self, content, *options):
-        return self.average(*options, self.log(content))
+    def average_of(self, content, *options, **keywords):
+        return self.average(*options, self.log(content), **keywords)
 
     def lines_of(self, content, *options):
         result = self.average_of(content, *options)
@@ -70,8 +71,7 @@ class AverageTest(LogReaderTestCase):
     def test_the_average_is_printed_with_two_digits(self):
         """average cpu usage: 98.76%"""
         self.assert_average(self.average_of(line("98.76")), "98.76")
-        three = "".join(map(line, ("100.00", "0.00", "300.01")))
-        self.assert_average(self.average_of(three), "133.34")
+        self.assert_average(self.average_of(line("100.00") + line("0.00") + line("300.01")), "133.34")
 
     def test_other_lines_are_skipped(self):
         """Messages, garbage and a line that is cut short do not count."""
@@ -106,9 +106,8 @@ class AverageTest(LogReaderTestCase):
     def test_garbage_takes_little_time_and_memory(self):
         """It is not kept, even if it looks like the start of a log line."""
         for unit in (b"[pid] 1 [tcomm] (", b"[pid] 1 [tcomm] (" + b") [state] R " * 5000):
-            log = self.folder() / "log"
-            log.write_bytes(unit * ((24 << 20) // len(unit)) + line("50.00").encode())
-            self.assert_average(self.average(log, preexec_fn=lambda: resource.setrlimit(
+            garbage = unit * ((24 << 20) // len(unit)) + line("50.00").encode()
+            self.assert_average(self.average_of(garbage, preexec_fn=lambda: resource.setrlimit(
                 resource.RLIMIT_DATA, (32 << 20, 32 << 20))), "50.00")
 
     def test_a_file_without_a_log_line_is_refused(self):
@@ -124,13 +123,13 @@ class AverageTest(LogReaderTestCase):
         text = "".join(line("50.00").replace(name, name + digits * "9")
                        for digits in (21, 400, 5000) for name in ("[utime] ", "[cpu%] "))
         for option in ((), ("--plot",), ("--csv",), ("--weighted",)):
-            self.assert_refused(self.average(*option, self.log(text)), "no log line")
+            self.assert_refused(self.average_of(text, *option), "no log line")
 
     def test_a_log_of_many_prompts_takes_little_time(self):
         """100,000 of them: seconds, not a minute."""
         text = "".join(line("50.00", utime=20 * i) for i in range(100_000))
         started = time.monotonic()
-        self.assertEqual(self.average("--plot", self.log(text)).returncode, 0)
+        self.lines_of(text, "--plot")
         self.assertLess(time.monotonic() - started, 20)
 
     def test_a_file_that_cannot_be_read_is_refused(self):
@@ -212,22 +211,19 @@ class PlotTest(LogReaderTestCase):
         self.assertEqual(self.heights(self.plot_of(steady([300, 150]))[1]), [64] * 47 + [32] * 47)
 
     def test_prompts_are_set_apart_and_migrations_counted(self):
-        """An empty column between two prompts: CPU time outside of all samples shows the border."""
+        """An empty column between two prompts: CPU time outside of all samples shows the border, a
+        sample shorter than the interval, or another process, whose CPU is no migration.
+        """
         content = steady([100, 100]) + steady([100, 100], utime=70, task_cpu=12)
         _, bars, cpus, figures = self.plot_of(content)
         self.assertEqual(self.heights(bars), [64] * 36 + [0] * 18 + [64] * 36)
         self.assertEqual(cpus, [" " * 54 + "1" * 36, "4" * 36 + " " * 18 + "2" * 36])
-        self.assertEqual(figures[1], "samples: 4, prompts: 2, migrations seen: 1")
-
-    def test_short_replies_are_prompts_of_their_own(self):
-        """A sample shorter than the interval ends its prompt."""
-        content = line("90.00", 40) + line("90.00", 40) + steady([100, 100], utime=40)
-        self.assertEqual(self.plot_of(content)[3][1], "samples: 4, prompts: 3, migrations seen: 0")
-
-    def test_another_process_is_another_prompt(self):
-        """Its CPU is no migration."""
-        content = steady([50] * 3) + steady([50] * 3, pid=5, task_cpu=0)
-        self.assertEqual(self.plot_of(content)[3][1], "samples: 6, prompts: 2, migrations seen: 0")
+        for content, counts in (
+                (content, (4, 2, 1)),
+                (2 * line("90.00", 40) + steady([100, 100], utime=40), (4, 3, 0)),
+                (steady([50] * 3) + steady([50] * 3, pid=5, task_cpu=0), (6, 2, 0))):
+            self.assertEqual(self.plot_of(content)[3][1],
+                             "samples: %d, prompts: %d, migrations seen: %d" % counts)
 
     def test_a_long_log_fits(self):
         """More samples than columns: a bar is the average of several; more prompts, likewise."""
@@ -256,32 +252,24 @@ class PlotTest(LogReaderTestCase):
         log = self.log(line("50.00"))
         name = os.fsencode(log.parent) + b"/\xff"
         os.rename(log, name)
-        result = subprocess.run([sys.executable, TOP / "avg_cpu_use.py", "--plot", name],
-                                stdout=subprocess.PIPE, check=True,
-                                env={"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"})
-        self.assertTrue(result.stdout.startswith(name), result.stdout)
-        self.assertIn("█".encode(), result.stdout)
+        output = self.average("--plot", name, env={"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0",
+                                                   "PYTHONUTF8": "0"}).stdout
+        self.assertTrue(output.startswith(os.fsdecode(name)), output)
+        self.assertIn("█", output)
 
 
 class EndTest(LogReaderTestCase):
-    FORMS = ("--weighted", "--plot", "--csv")
-
-    def test_a_full_disk_is_reported(self):
-        """One line on stderr, exit status 1."""
-        for form in self.FORMS:
+    def test_a_full_disk_and_a_closed_pipe(self):
+        """One line on stderr; nothing when the reader is gone."""
+        for form in ("--weighted", "--plot", "--csv"):
             with self.subTest(form), open("/dev/full", "w") as full:
-                result = self.average(form, self.log(line("50.00")), stdout=full)
+                result = self.average_of(line("50.00"), form, stdout=full)
                 self.assertEqual((result.returncode, result.stderr),
                                  (1, "avg_cpu_use.py: cannot write the result: "
                                      "No space left on device\n"))
-
-    def test_a_closed_pipe_ends_it_quietly(self):
-        """Nothing on stderr when the reader is gone."""
-        for form in self.FORMS:
-            with self.subTest(form):
                 reader, writer = os.pipe()
                 os.close(reader)
-                result = self.average(form, self.log(line("50.00")), stdout=writer)
+                result = self.average_of(line("50.00"), form, stdout=writer)
                 os.close(writer)
                 self.assertEqual(result.stderr, "")
                 self.assertNotEqual(result.returncode, 0)
@@ -290,8 +278,6 @@ class EndTest(LogReaderTestCase):
         """Ctrl-C while stdin is read: no traceback."""
         session = self.start(sys.executable, TOP / "avg_cpu_use.py", "--plot", "-")
         session.send(line("50.00"))
-        deadline = time.monotonic() + PATIENCE
-        while session.untaken_input() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: not session.untaken_input(), "it reads its input")
         session.signal(signal.SIGINT)
         self.assertEqual((session.finish(), session.errors), (-signal.SIGINT, ""))

@@ -91,8 +91,7 @@ def thread_counts(runs, model):
         rows.append([str(threads), spread([b / 1e9 for b in columns[0]]),
                      *decoding_and_prompts(columns),
                      f"{statistics.median(user):.3f}", f"{statistics.median(system):.3f}"])
-    print(f"Threads, on {os.cpu_count()} CPUs. User and system seconds are those of 28 tokens near 100."
-          "\n")
+    print(f"On {os.cpu_count()} CPUs. User and system seconds are those of 28 tokens near 100.\n")
     print(table(["threads", "read GB/s", *HEAD, "user, s", "system, s"], rows), flush=True)
 
 
@@ -100,14 +99,15 @@ def drafts(runs, folder):
     """Speculative decoding: tokens per pass, and the speed against that without drafts."""
     rows = []
     bench = compiled_program(BENCH, "-O3")
-    for name, option, model in (("small model, the same prompt three times", "--drafts", TESTS / "tiny"),
-                                ("SmolLM's shape, one token repeated", "--repeating", folder)):
+    for name, option, model in (
+            ("small model, the same prompt three times", "--drafts", TESTS / "tiny"),
+            ("SmolLM's shape, one token repeated", "--repeating", folder)):
         plain, _, drafted, per_pass = figures(bench, option, model, runs)
         gain = statistics.median(b / a for a, b in zip(plain, drafted))
         rows.append([name, spread(plain), spread(drafted), f"{statistics.median(per_pass):.1f}",
                      f"{gain:.2f}"])
     print("Drafts, on one thread. Tokens per second.\n")
-    print(table(["text", "without drafts", "with drafts", "tokens per pass", "gain"], rows), flush=True)
+    print(table(["text", "without drafts", "with drafts", "tokens per pass", "gain"], rows))
 
 
 def main():
