@@ -9,7 +9,7 @@ from artifacts import EMULATOR, TOP
 from probes import fuzz_program
 from support import SessionTestCase
 
-INPUTS = {"model": 100, "damage": 50, "tokenizer": 100, "encode": 300, "lines": 100, "print": 300,
+INPUTS = {"model": 100, "damage": 150, "tokenizer": 100, "encode": 300, "lines": 100, "print": 300,
           "forward": 10, "chat": 10}  # how many of each target, in less than a second each
 FUZZ_LIMIT = 90  # seconds; with a sanitizer on a loaded machine
 

@@ -3,7 +3,6 @@ memory without bounds.
 """
 import itertools
 import os
-import random
 import re
 import resource
 import shutil
@@ -21,7 +20,6 @@ GOOD = dict(magic=0x616B3432, version=2, dim=128, hidden_dim=192, n_layers=2, n_
             n_kv_heads=2, vocab_size=100, seq_len=64, shared_classifier=1, group_size=64)
 MEMORY_LIMIT = 500_000  # kB; a sanitizer takes some
 SPARSE_MAX = 1 << 40    # bytes; any file system takes a file of zeros of that size
-READ_MAX = 1 << 26      # bytes; a file of the right size is read to its end
 INT_MAX, INT_MIN = 2 ** 31 - 1, -2 ** 31
 
 
@@ -50,13 +48,6 @@ def layout(c):
         starts[f"scales of {name}"] = at + rows * cols  # those of the first layer
         at += count * (rows * cols + rows * cols // 64 * 4)
     return {**starts, "end": at}
-
-
-def is_sound(c):
-    """Whether a loader may take a file with this header, if its size is right."""
-    return (min(c[name] for name in FIELDS) > 0 and c["dim"] % 64 == c["hidden_dim"] % 64 == 0
-            and c["dim"] % (2 * c["n_heads"]) == 0 and c["n_heads"] % c["n_kv_heads"] == 0
-            and all(c[name] == GOOD[name] for name in ("magic", "version", "group_size")))
 
 
 class HostileFileTest(BadFileTestCase):
@@ -91,6 +82,7 @@ class HostileFileTest(BadFileTestCase):
         """Each file is rejected; hints name them in a failure."""
         for hint, loaded in zip(hints, self.load_all()):
             self.assertFalse(loaded, hint)
+        self.paths.clear()
 
     def assert_headers_rejected(self, *changes, sized=True):
         """Changes of the good header's fields, each in a file of the size that it announces."""
@@ -100,38 +92,29 @@ class HostileFileTest(BadFileTestCase):
         self.assert_all_rejected(*changes)
 
     def test_good_files(self):
-        """The files that the other tests change load as they are, with their own classifier too."""
-        for shared in (0, 1):
+        """The files that the other tests change load as they are. The classifier's byte is a boolean,
+        as in llama2.c; 0 demands a classifier in the file.
+        """
+        for shared in (0, 1, 2, 128, 255):
             config = {**GOOD, "shared_classifier": shared}
             self.add(header_of(config), layout(config)["end"])
-        self.assertEqual(self.load_all(), [True] * 2)
-
-    def test_any_other_shared_classifier_means_yes(self):
-        """The byte is a boolean, as in llama2.c; 0 demands a classifier in the file."""
-        for shared in (2, 128, 255):
-            self.add(header_of({**GOOD, "shared_classifier": shared}), layout(GOOD)["end"])
         self.add(header_of({**GOOD, "shared_classifier": 0}), layout(GOOD)["end"])
-        self.assertEqual(self.load_all(), [True, True, True, False])
+        self.assertEqual(self.load_all(), [True] * 5 + [False])
 
-    def test_foreign_formats(self):
-        """Another magic number, version or group size is rejected, whatever the size."""
+    def test_headers(self):
+        """Rejected are other formats, fields that are zero, negative or beyond their limit, widths that
+        are not a multiple of 64, KV heads that do not divide the heads, and an odd head size.
+        """
         self.assert_headers_rejected(
             {"magic": 0x616B3431}, {"magic": 0}, {"magic": 0x3234_6B61}, {"version": 1},
             {"version": 3}, {"version": 0}, {"version": -2}, {"group_size": 32}, {"group_size": 0},
-            {"group_size": -1}, {"group_size": 128}, {"group_size": -64}, {"group_size": INT_MAX})
-
-    def test_fields_out_of_range(self):
-        """No field may be zero, negative or beyond its limit."""
-        self.assert_headers_rejected(*({field: value} for field in FIELDS
-                                      for value in (0, -1, -64, INT_MIN, INT_MAX)), sized=False)
-
-    def test_fields_that_do_not_divide(self):
-        """Widths must be multiples of 64, KV heads divide the heads, and the head size be even."""
-        self.assert_headers_rejected(
+            {"group_size": -1}, {"group_size": 128}, {"group_size": -64}, {"group_size": INT_MAX},
             {"dim": 64 + 32}, {"dim": 32}, {"dim": 129}, {"hidden_dim": 100}, {"hidden_dim": 63},
             {"n_heads": 3, "n_kv_heads": 1}, {"n_heads": 6, "n_kv_heads": 3}, {"n_kv_heads": 3},
             {"n_kv_heads": 8}, {"n_heads": 128, "n_kv_heads": 1}, {"n_heads": 256, "n_kv_heads": 1},
             {"dim": 192, "n_heads": 64, "n_kv_heads": 2})
+        self.assert_headers_rejected(*({field: value} for field in FIELDS
+                                      for value in (0, -1, -64, INT_MIN, INT_MAX)), sized=False)
 
     def test_products_that_overflow(self):
         """A file is rejected whose size is the announced one only in 32 bits or in 64."""
@@ -174,37 +157,6 @@ class HostileFileTest(BadFileTestCase):
                       "n_kv_heads": 16, "seq_len": 1 << 20}
             self.add(header_of(config), layout(config)["end"])
         self.load_all()
-
-    def test_random_damage(self):
-        """Random bytes in a header, or random sound and unsound fields, never do any harm."""
-        rng = random.Random(7)
-        configs = []
-        for _ in range(100):
-            header = bytearray(header_of(GOOD))
-            for _ in range(rng.randrange(1, 4)):
-                header[rng.randrange(8, 41)] = rng.choice((0, 1, 2, 64, 127, 128, 255,
-                                                           rng.randrange(256)))
-            configs.append(config_of(header))
-            self.add(bytes(header), layout(GOOD)["end"])
-        for _ in range(150):
-            config = {**GOOD, "n_heads": rng.choice((1, 2, 3, 4, 16, 32, 64, 96)),
-                      "n_kv_heads": rng.choice((1, 1, 2, 3, 4, 32)),
-                      "dim": rng.choice((64, 128, 192, 320, 100, 4096, 65536)),
-                      "hidden_dim": rng.choice((64, 192, 96, 1024, 65536)),
-                      "n_layers": rng.choice((1, 2, 5, 1024)),
-                      "vocab_size": rng.choice((1, 2, 77, 1000, 1 << 24)),
-                      "seq_len": rng.choice((1, 2, 63, 64, 1000, 1 << 20)),
-                      "shared_classifier": rng.randrange(2)}
-            configs.append(config)
-            end = layout(config)["end"]
-            self.add(header_of(config), end if end < READ_MAX else 300)
-        results = self.load_all()
-        for config, path, loaded in zip(configs, self.paths, results):
-            if loaded:
-                self.assertTrue(is_sound(config), config)
-                self.assertEqual(path.stat().st_size, layout(config)["end"], config)
-        self.assertGreater(results.count(True), 20)
-        self.assertGreater(results.count(False), 20)
 
 
 class EngineTest(BadFileTestCase):
