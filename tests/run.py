@@ -15,7 +15,7 @@ TESTS = Path(__file__).resolve().parent
 sys.path += [str(TESTS / "helpers"), str(TESTS / "experiments")]
 import probes  # noqa: E402
 
-TEST_LIMIT = 300  # seconds; the tests bound their own waits. To compile with sanitizers takes longest
+TEST_LIMIT = 300  # seconds; to compile with sanitizers takes longest
 
 
 class Result(unittest.TextTestResult):
@@ -55,7 +55,7 @@ def main():
     failed = names(result.failures + result.errors)
     skipped = names(result.skipped) - failed
     passed = result.testsRun - len(failed | skipped)
-    print(f"{passed} passed, {len(failed)} failed" + (f", {len(skipped)} skipped" if skipped else ""))
+    print(f"{passed} passed, {len(failed)} failed{f', {len(skipped)} skipped' if skipped else ''}")
     return 1 if failed or not passed else 0
 
 

@@ -71,7 +71,8 @@ class AverageTest(LogReaderTestCase):
     def test_the_average_is_printed_with_two_digits(self):
         """average cpu usage: 98.76%"""
         self.assert_average(self.average_of(line("98.76")), "98.76")
-        self.assert_average(self.average_of(line("100.00") + line("0.00") + line("300.01")), "133.34")
+        three = line("100.00") + line("0.00") + line("300.01")
+        self.assert_average(self.average_of(three), "133.34")
 
     def test_other_lines_are_skipped(self):
         """Messages, garbage and a line that is cut short do not count."""
@@ -81,8 +82,8 @@ class AverageTest(LogReaderTestCase):
         self.assert_average(self.average_of(mixed), "50.00")
 
     def test_log_lines_are_found_anywhere_in_a_line(self):
-        """After half a reply line, a time stamp, colour codes, docker compose's prefix or a log line
-        that was cut off; two in one line; with colours inside; where a block ends.
+        """After half a reply line, a time stamp, colour codes, docker compose's prefix or a log
+        line that was cut off; two in one line; with colours inside; where a block ends.
         """
         sample = line("50.00").strip()
         coloured = sample.replace("[pid]", "\x1b[01;31m\x1b[K[pid]\x1b[m\x1b[K")  # grep --color

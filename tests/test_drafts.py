@@ -20,7 +20,7 @@ class SmallModelTestCase(SessionTestCase):
 
 class DraftsTest(SmallModelTestCase):
     def test_drafts_change_no_conversation(self):
-        """Random seeds, temperatures, draft lengths and reply lengths, in windows that roll over."""
+        """Random seeds, temperatures, lengths of drafts and replies, in windows that roll over."""
         tokens = passes = 0
         for folder in (TINY, self.random_model(64), self.random_model(200)):
             for seed in range(1, 9):
@@ -51,7 +51,8 @@ class DraftsTest(SmallModelTestCase):
             for program in ((INFERENCE, "-k", k), (PARALLEL, "-k", k, 2)):
                 session = self.run_to_end(*program, "-d", TINY, 42, *PROMPTS)
                 self.assertEqual(replies(session.text), expected)
-            session = self.run_to_end(MAIN, "-k", k, "-d", TINY, 42, typed="\n".join(PROMPTS) + "\n")
+            session = self.run_to_end(MAIN, "-k", k, "-d", TINY, 42,
+                                      typed="".join(f"{prompt}\n" for prompt in PROMPTS))
             self.assertEqual(replies(session.text)[:4], expected)
 
     def test_bad_draft_lengths(self):
@@ -71,8 +72,8 @@ class LongChatTest(SmallModelTestCase):
         self.assertEqual(session.status, 0)
 
     def test_a_thousand_turns(self):
-        """At most three tokens are computed for each that is new, for short and long replies; when old
-        turns were dropped, the KV cache holds what is left of the conversation.
+        """At most three tokens are computed for each that is new, for short and long replies; when
+        old turns were dropped, the KV cache holds what is left of the conversation.
         """
         for folder, window, longest in ((self.random_model(200), 200, 8), (TINY, 1024, 1000)):
             turns = 1000 if window == 200 else 100

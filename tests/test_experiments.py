@@ -169,8 +169,8 @@ class TraceTest(SessionTestCase):
             "|------>|    execve inference", "|    load model.bin", "<------|       |    pipe",
             "|------>|       |       |    input \"My name is Zelda.\\n\"",
             "|------>|       |    pipe \"My name", "|------>|       |    SIGUSR1",
-            "|<--------------|       |    output \"Hello Zelda! How can", "<------|       |    pipe",
-            "<------|       |    SIGUSR2", "|-------------->|    read /proc/", "log line, cpu%",
+            "|<--------------|       |    output \"Hello Zelda! How can",
+            "<------|       |    pipe", "<------|       |    SIGUSR2", "|-------------->|    read /proc/", "log line, cpu%",
             "output \">>> \"", "end of input", "SIGUSR1", "exit with 0",
             "|       |<--------------|    wait: ", "output \"Child exited with 0", "exit with 0")
 

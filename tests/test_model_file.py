@@ -92,8 +92,8 @@ class HostileFileTest(BadFileTestCase):
         self.assert_all_rejected(*changes)
 
     def test_good_files(self):
-        """The files that the other tests change load as they are. The classifier's byte is a boolean,
-        as in llama2.c; 0 demands a classifier in the file.
+        """The files that the other tests change load as they are. The classifier's byte is a
+        boolean, as in llama2.c; 0 demands a classifier in the file.
         """
         for shared in (0, 1, 2, 128, 255):
             config = {**GOOD, "shared_classifier": shared}
@@ -102,8 +102,8 @@ class HostileFileTest(BadFileTestCase):
         self.assertEqual(self.load_all(), [True] * 5 + [False])
 
     def test_headers(self):
-        """Rejected are other formats, fields that are zero, negative or beyond their limit, widths that
-        are not a multiple of 64, KV heads that do not divide the heads, and an odd head size.
+        """Rejected are other formats, fields that are zero, negative or beyond their limit, widths
+        that are not a multiple of 64, KV heads that do not divide the heads, and an odd head size.
         """
         self.assert_headers_rejected(
             {"magic": 0x616B3431}, {"magic": 0}, {"magic": 0x3234_6B61}, {"version": 1},
@@ -141,7 +141,7 @@ class HostileFileTest(BadFileTestCase):
         self.assert_all_rejected(*sizes)
 
     def test_a_huge_model(self):
-        """A file of a terabyte is rejected, for its dimensions or for lack of memory, but not read."""
+        """A file of a terabyte is rejected, for its dimensions or for lack of memory, unread."""
         config = {**GOOD, "dim": 65536, "hidden_dim": 65536, "n_layers": 1, "vocab_size": 1 << 23}
         self.add(header_of(config), layout(config)["end"])
         config = {**GOOD, "dim": 32768, "hidden_dim": 32768, "n_layers": 100}
@@ -149,8 +149,8 @@ class HostileFileTest(BadFileTestCase):
         self.assertEqual(self.load_all(), [False, False])
 
     def test_a_huge_window(self):
-        """The KV cache of a small model may need 2^32 bytes: no size wraps where size_t has 32 bits,
-        so the model is loaded or there is not enough memory.
+        """The KV cache of a small model may need 2^32 bytes: no size wraps where size_t has 32
+        bits, so the model is loaded or there is not enough memory.
         """
         for n_layers in (8, 16, 1):
             config = {**GOOD, "dim": 64, "hidden_dim": 64, "n_layers": n_layers, "n_heads": 16,
@@ -172,7 +172,7 @@ class EngineTest(BadFileTestCase):
         self.assert_only_regular_files(self.path)
 
     def test_foreign_and_incomplete_files(self):
-        """A file that is empty, shorter than a header, cut, too long or of another kind is rejected."""
+        """An empty file, less than a header, and one cut, too long or of another kind are rejected."""
         good = self.good
         for content in (b"", good[:1], good[:255], good[:256], good[:len(good) // 2], good[:-1],
                         good + b"\0", bytes(1000), b"\x89PNG\r\n\x1a\n" * 100, b"text\n" * 100):

@@ -1,5 +1,5 @@
-"""Every kernel table, every division of a prompt into passes and any number of threads give the same
-bits: those of the golden data, which an independent engine computed.
+"""Every kernel table, every division of a prompt into passes and any number of threads give the
+same bits: those of the golden data, which an independent engine computed.
 """
 import json
 import unittest
@@ -14,8 +14,8 @@ SMALL_CASES, BIG_CASES = CASES[:2], CASES[2:]
 # Context windows of several chunks of the KV cache, by their length. Two heads of size 32 share a
 # KV head, and sixteen heads of size 22.
 WINDOWS = {
-    600: "--seed 5 --dim 128 --hidden 128 --layers 2 --heads 4 --kv-heads 2 --vocab 64 --seq-len 600",
-    300: "--seed 6 --dim 704 --hidden 64 --layers 1 --heads 32 --kv-heads 2 --vocab 16 --seq-len 300",
+    600: "--dim 128 --hidden 128 --layers 2 --heads 4 --kv-heads 2 --vocab 64 --seq-len 600",
+    300: "--dim 704 --hidden 64 --layers 1 --heads 32 --kv-heads 2 --vocab 16 --seq-len 300",
 }
 PROMPTS = "My name is Zelda.\nTell me a story about a fox.\nWhat is my name?\n"
 
@@ -74,16 +74,16 @@ class NumbersTest(GoldenTestCase):
         self.assert_each_table_prints("^{table} kernels agree with the oracle$", "kernels")
 
     def test_kernels_with_emulated_instructions(self):
-        """So do mat_mat_mul() with the tile instructions of AMX in plain C, and, where the machine has
-        AVX2, the avxvnni table with its instruction in plain C.
+        """So do mat_mat_mul() with the tile instructions of AMX in plain C, and, where the machine
+        has AVX2, the avxvnni table with its instruction in plain C.
         """
         forms = ("tiles", "emulated") if "avx2" in kernel_tables() else ("tiles",)
         self.assertEqual(probe_lines("emulated"),
                          [f"{form} kernels agree with the oracle" for form in forms])
 
     def test_the_exponential(self):
-        """e^x of every 4001st float, and of those around the limits, has the oracle's bits, and hardly
-        ever other bits than libm's.
+        """e^x of every 4001st float, and of those around the limits, has the oracle's bits, and
+        hardly ever other bits than libm's.
         """
         self.assert_each_table_prints(
             "^{table}: 1073572 floats, 0 differ from the definition, [0-5] from libm$", "exp", 4001)

@@ -121,8 +121,8 @@ class PrepareTest(MakeTestCase):
                 (self.tools / tool).symlink_to(shutil.which(tool))
 
     def test_each_file_comes_from_the_first_address_that_has_it(self):
-        """Nothing of an earlier attempt is used: no request is for a range. Files that are here and load
-        are not downloaded again.
+        """Nothing of an earlier attempt is used: no request is for a range. Files that are here and
+        load are not downloaded again.
         """
         for tool in ("wget", "curl"):
             with self.subTest(tool):

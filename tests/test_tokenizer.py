@@ -219,7 +219,7 @@ class HostileTest(BadFileTestCase):
                 self.assert_rejected(self.path)
 
     def test_damaged_fields(self):
-        """So are a negative length, one that leads out of the file, and a score that is not finite."""
+        """So are a negative length, one that leads out of the file, a score that is not finite."""
         *_, previous, last = self.texts
         final = len(self.good) - len(last) - 4  # where the length of the last token is
         one_beyond = len(previous) + 8 + len(last) + 1  # where a last token of length -1 would fit

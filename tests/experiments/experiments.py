@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """make policies, make threads: the experiments of the coursework.
 
-    python3 tests/experiments/experiments.py policies    speed, CPU use, switches for each scheduling policy
+    python3 tests/experiments/experiments.py policies    speed and CPU use for each policy
     python3 tests/experiments/experiments.py threads     speed and times for 1 to 16 threads
 
 The model is the one in the top folder, or else one of SmolLM's shape with random weights, which is
@@ -77,8 +77,8 @@ def find_model(folder):
 
 
 def take(plan, text, steps, seconds_per_step):
-    """Print what the experiment does and how long it takes, then give the steps one by one; which one
-    it is goes to stderr if that is a terminal.
+    """Print what the experiment does and how long it takes, then give the steps one by one; which
+    one it is goes to stderr if that is a terminal.
     """
     seconds = sum(map(seconds_per_step, steps))
     time_text = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"

@@ -87,7 +87,8 @@ class MeasuredSession(Session):
     def refuse(self):
         """It has ended: what it wrote to stderr, in addition to the log, is the reason."""
         self.process.wait(10)
-        raise Refused(" ".join(line for line in self.errors.splitlines() if not LOG_LINE.match(line)))
+        lines = self.errors.splitlines()
+        raise Refused(" ".join(line for line in lines if not LOG_LINE.match(line)))
 
     def ready_engine(self):
         """The engine's pid, once all its threads sleep, as they do when the model is loaded."""
@@ -103,8 +104,8 @@ class MeasuredSession(Session):
         return self.refuse()
 
     def measure(self, prompt, limit=600.0, cpus=()):
-        """The reply to a prompt, beside a load on these CPUs; if it is not finished within the limit
-        in seconds, the part that came."""
+        """The reply to a prompt, beside a load on these CPUs; if it is not finished within the
+        limit in seconds, the part that came."""
         engine = self.ready_engine()
         while select.select([self.reply], [], [], 0)[0]:
             if not self.read_more():  # all but the end is the prompt mark

@@ -1,4 +1,4 @@
-"""What the tests and the benchmark make once and keep in tests/build/: models, tokenizers, programs.
+"""What the tests and the benchmark make once and keep in tests/build: models, tokenizers, programs.
 
 Environment variables: CC names the compiler (default: gcc), with options if needed; EMULATOR is
 the command that runs what it builds, "qemu-aarch64 -cpu max" for example.
@@ -50,8 +50,8 @@ def model_file(arguments):
 
 
 def smollm_shape(vocab=1024):
-    """The folder of a model of SmolLM-135M's shape with random weights, whose replies are random and
-    slow. Its first 1024 tokens are those of the small model.
+    """The folder of a model of SmolLM-135M's shape with random weights, whose replies are random
+    and slow. Its first 1024 tokens are those of the small model.
     """
     folder, tiny = BUILD / f"smollm-shape-{vocab}", TESTS / "tiny" / "tokenizer.bin"
     if not folder.exists():
