@@ -7,6 +7,7 @@ import unittest
 from concurrent.futures import ThreadPoolExecutor
 
 from artifacts import COMPILER, EMULATOR, TESTS, TOP, model_file
+from probes import PARALLEL
 from support import PATIENCE, TINY, SessionTestCase, replies
 
 BUILDS = (("inference", "inference.c", "-O3", "-lm"), ("main", "main.c"),
@@ -97,13 +98,13 @@ class BuildTest(SessionTestCase):
         -ffast-math, it does not flush subnormals to zero.
         """
         probe, objdump = self.folder() / "probe", re.sub("(gcc|clang)$", "objdump", compiler[0])
-        self.assertEqual(self.output_of(*compiler, "-Wall", "-Wextra", *options, "-c", "-o",
+        self.assertEqual(self.output_of(*compiler, "-Wall", "-Wextra", *options, *PARALLEL, "-c", "-o",
                                         f"{probe}.o", TESTS / "helpers" / "probe.c"), "")
         code = self.output_of(objdump, "-d", "--no-show-raw-insn", f"{probe}.o")
         self.assertIsNone(FUSED.search(code))
         if emulator and not shutil.which(emulator[0]):
             return
-        self.output_of(*compiler, *options, "-ffast-math", "-o", probe, f"{probe}.o", "-lm")
+        self.output_of(*compiler, *options, "-ffast-math", "-o", probe, f"{probe}.o", "-lm", "-lpthread")
         self.output_of(*emulator, probe, "exp", 1000003)
         for model, tokens, hashes in cases:
             output = self.output_of(*emulator, probe, "golden", model, 1, 0, 0, 0, 5, *tokens)
