@@ -1893,7 +1893,7 @@ TARGET static void NAME(weighted_sum)(float *out, const float *att, const float 
 }
 
 // A tile is the rows of some panels times some tokens.
-#define MAX_SUMS (LANES == 16 ? 12 : 8) // vectors of integer sums that stay in registers
+#define MAX_SUMS (LANES == 16 ? 16 : 8) // vectors of integer sums that stay in registers
 #define TILE_TOKENS (UNSIGNED_WEIGHTS ? 6 : 4)
 #define PANEL_VECTORS (PANEL_ROWS / LANES)
 typedef floats NAME(Sums)[TILE_TOKENS][PANEL_VECTORS]; // of a panel
