@@ -17,7 +17,7 @@
 // sum. Only the integer sums inside a group of 64 weights are reordered, and those are exact.
 //
 // An engine (inference.c, parallel.c) includes this file and defines parallel_for(), which is all
-// that the engines differ in: see section 4.
+// that the engines' computation differs in: see section 4.
 #ifndef MODEL_H
 #define MODEL_H
 
@@ -94,8 +94,8 @@ typedef struct {
 #define MAX_VOCAB (1 << 24)
 #define MAX_SEQ_LEN (1 << 20)
 
-// What the kernels read: PANEL_ROWS rows of one group of columns, first the columns 0..3 of every
-// row, then 4..7 ... So the sum of a row stays in its own lane of a vector. The scales follow their
+// What the kernels read: PANEL_ROWS rows of one group of columns. q[k] holds the columns 4k..4k+3
+// of all rows, so the sum of a row stays in its own lane of a vector. The scales follow their
 // weights, so that a kernel reads memory sequentially.
 #define PANEL_ROWS 16
 
@@ -104,9 +104,9 @@ typedef struct {
     float s[PANEL_ROWS];
 } Panel;
 
-// The rows of panels of a tensor are dealt out to STREAMS streams, which lie one after the other.
-// So a kernel that takes STREAMS panels at a time reads from STREAMS places, each sequentially;
-// with a single stream, decoding takes 1.2 times as long (Zen 3, AVX2).
+// The panels of a tensor's rows 16 i .. 16 i + 15 belong to stream i % STREAMS, and the streams are
+// stored one after another. A kernel that takes STREAMS successive i reads as many sequential
+// streams; with one stream, decoding takes 1.2 times as long (Zen 3, AVX2).
 #define STREAMS 4
 #define STREAM_ROWS (STREAMS * PANEL_ROWS) // of one panel from each stream
 #define FEW_TOKENS 32 // at most these are multiplied by panels of all streams at once
@@ -126,7 +126,7 @@ static Panel *panels_of(const QuantizedTensor *w, size_t row) {
 }
 
 // Memory that is reserved as a whole and then handed out in pieces, see reserve_memory(). 64 bits
-// hold the size of any model, also where size_t has 32.
+// hold the size of any model, even where size_t is 32 bits.
 typedef struct {
     char *start;    // NULL until it is reserved
     uint64_t size;  // bytes that are reserved
@@ -154,7 +154,7 @@ typedef struct {
     size_t width;        // values per token
     int8_t *q;           // [token][width], -127..127
     float *s;            // [token][width / GROUP]
-    int32_t *correction; // [token][width / GROUP], 128 * the sum of the group's q: see add_group()
+    int32_t *correction; // [token][width / GROUP], 128 * the sum of the group's q (zero point)
 } QuantizedActivations;
 
 // Some items of a loop, and who does them.
@@ -391,10 +391,10 @@ static size_t choose_kv_ahead(void) {
 // ------------------------------------------------------------------------------------------------
 // 3  Transformer: loading and memory
 
-#define MAX_BATCH 128 // tokens of one pass: a matrix's quantized input stays in the L2 cache
+#define MAX_BATCH 128 // tokens of one pass, so that a matrix's quantized input stays in L2 cache
 #define NORM_ROWS 4   // rows that rmsnorm() sums side by side
 
-// What a pass computes.
+// The activations of one pass, and the KV cache.
 typedef struct {
     float *x;                   // [MAX_BATCH][dim], the residual stream
     float *xb;                  // [MAX_BATCH][dim], the output of rmsnorm and of attention
@@ -402,10 +402,10 @@ typedef struct {
     float *qkv;                 // [MAX_BATCH][dim + 2 * kv_dim], queries, keys, values
     float *gate_up;             // [MAX_BATCH][2 * hidden_dim], the outputs of w1 and w3
     float *hb;                  // [MAX_BATCH][hidden_dim], the output of SwiGLU
-    float *rope;                // [MAX_BATCH][head_size / 2][cos, sin]
+    float *rope;                // [MAX_BATCH][head_size / 2][cos, sin] of each token's position
     float *logits;              // [MAX_BATCH][vocab_size], of the last tokens of a pass
-    QuantizedActivations input; // [MAX_BATCH][dim or hidden_dim], of a matrix
-    float *att[MAX_THREADS];    // [n_heads / n_kv_heads][max_kv_len], of each worker
+    QuantizedActivations input; // [MAX_BATCH][dim or hidden_dim], of the current matrix
+    float *att[MAX_THREADS];    // [n_heads / n_kv_heads][max_kv_len], scores, for each worker
     float *kv_cache;            // see kv_block()
     size_t max_kv_len;          // positions that the KV cache has room for
     Memory memory;              // holds all of them
@@ -435,8 +435,8 @@ __attribute__((format(printf, 2, 3))) static int refuse_file(const char *path, c
 // Reports that there is not enough memory for something of model.bin or tokenizer.bin. Returns -1.
 static int refuse_for_memory(const char *path, const char *what, uint64_t size) {
     return report_error(
-        "%s: there is not enough memory for %s (%llu bytes). End other programs, or allow this "
-        "one more: ulimit -v",
+        "%s: there is not enough memory for %s (%llu bytes). Close other programs, or raise "
+        "the limit with ulimit -v",
         path, what, (unsigned long long)size);
 }
 
@@ -511,14 +511,13 @@ static int read_header(Config *c, ModelFile *file) {
     c->head_size = c->dim / c->n_heads;
     c->kv_dim = c->n_kv_heads * c->head_size;
     if (file->size != expected_file_size(c))
-        return refuse_file(path, "%zu bytes, but its header announces %llu", file->size,
+        return refuse_file(path, "%zu bytes, but its header requires %llu", file->size,
                            (unsigned long long)expected_file_size(c));
     return 0;
 }
 
-// A layout function runs twice. At first nothing is reserved: take_memory() returns NULL and adds
-// up the sizes. Then reserve_memory() gets that many bytes, and the second run hands out the
-// pieces.
+// A layout function runs twice: first with nothing reserved, to add up the sizes (take_memory()
+// returns NULL), and again, after reserve_memory(), to hand out the pieces.
 
 // Reserves the memory that the first run has added up; it is zero. Returns 0, or -1 after reporting
 // that there is not enough. The flags are mmap(2)'s: MAP_NORESERVE for memory most of which is
@@ -606,19 +605,10 @@ static void read_weights(ModelFile *file, Weights *w, const Config *c) {
     if (!c->shared_classifier) read_tensor(file, &w->classifier, 0, c->vocab_size);
 }
 
-static QuantizedActivations take_activations(Memory *memory, size_t tokens, size_t width) {
-    return (QuantizedActivations){
-        .width = width,
-        .q = take_memory(memory, tokens * width, 1),
-        .s = take_floats(memory, tokens * width / GROUP),
-        .correction = take_memory(memory, tokens * width / GROUP, sizeof(int32_t)),
-    };
-}
-
 #define CHUNK 256 // positions
 
 // The KV cache is [position / CHUNK][layer][keys, values][kv_head][CHUNK * head_size]: a short chat
-// touches only its beginning, and what a worker reads for a head of a layer is contiguous.
+// touches only its beginning, and within a chunk the keys or values of a head are contiguous.
 
 // Returns the block of KEY_BLOCK positions that holds a position: for a head below n_kv_heads its
 // keys [head_size][KEY_BLOCK], for one of the next n_kv_heads its values [KEY_BLOCK][head_size].
@@ -643,7 +633,9 @@ static void lay_out_state(State *s, const Config *c) {
     s->gate_up = take_floats(memory, MAX_BATCH * 2 * hidden_dim);
     s->hb = take_floats(memory, MAX_BATCH * hidden_dim);
     s->rope = take_floats(memory, MAX_BATCH * (size_t)c->head_size);
-    s->input = take_activations(memory, MAX_BATCH, widest);
+    s->input.q = take_memory(memory, MAX_BATCH * widest, 1);
+    s->input.s = take_floats(memory, MAX_BATCH * widest / GROUP);
+    s->input.correction = take_memory(memory, MAX_BATCH * widest / GROUP, sizeof(int32_t));
     for (int worker = 0; worker < MAX_THREADS; worker++)
         s->att[worker] = take_floats(memory, (uint64_t)heads_per_kv_head * s->max_kv_len);
     s->logits = take_floats(memory, MAX_BATCH * (size_t)c->vocab_size);
@@ -702,28 +694,29 @@ static int build_transformer(Transformer *t, const char *path) {
 // Each token has a vector of dim floats, its residual stream x: at first the token's row of the
 // embedding, to which each layer adds the outputs of an attention block and of a feed-forward
 // block. The classifier turns the last x into logits: a number for each token of the vocabulary,
-// the greater the likelier it comes next. Only attention looks at other tokens, at those before;
-// the KV cache keeps what it needs of them, so that later passes do not compute them again.
+// where a greater one means a likelier next token. Only attention reads other tokens, the earlier
+// ones; the KV cache keeps what it needs of them, so that no later pass computes them again.
 //
-// A pass takes n tokens at consecutive positions and reads each weight once for all of them: many
-// tokens in prefill (of a prompt), a single one in decoding (of a reply). One thread runs
-// forward(). Each loop over tokens, rows or heads in it is a step whose items do not depend on each
-// other, and which parallel_for() shares out among the engine's threads. The ends of the steps (|)
-// are the only barriers:
+// A pass takes n tokens at consecutive positions and reads each weight from memory once for all of
+// them: many tokens in prefill (of a prompt), a single one in decoding (of a reply). One thread
+// runs forward(). Each loop over tokens, rows or heads in it is a step whose items do not depend on
+// each other, and which parallel_for() divides among the engine's threads. The ends of the steps
+// (|) are the only barriers. A step of one piece runs on the calling thread: in decoding these are
+// all but the matrices and attention.
 //
-//   embedding |
+//   embedding, RoPE's angles |
 //   rmsnorm | quantize | wqkv | RoPE, KV cache | attention | quantize | wo | add |   each layer
 //   rmsnorm | quantize | w13 | SwiGLU | quantize | w2 | add |                        each layer
 //   rmsnorm | quantize | classifier |
 //
 // tests/helpers/oracle.h computes the same in its plainest form, token by token.
 
-// Does some items of a step.
+// Computes a range of a step's items.
 typedef void Step(const void *args, Range items);
 
 // Calls step(args, items) for all items 0..count - 1, count >= 1, in ranges that begin at multiples
 // of piece_size, perhaps on several threads: calls that run at the same time have different
-// workers. With a piece_size of 0 each worker gets one range. Returns when all items are done.
+// workers. A piece_size of 0 makes as many pieces as there are workers. Returns when all are done.
 static void parallel_for(Step *step, const void *args, size_t count, size_t piece_size);
 
 // cos and sin for the pairs of a head at a position: table[i], table[i + 1], i even. libm's pow,
@@ -737,31 +730,29 @@ static void rope_table(float *table, size_t head_size, size_t pos) {
     }
 }
 
+// The tokens of a pass, on their way through a layer.
 typedef struct {
     const Transformer *t;
     const int *tokens;
-    size_t pos; // of the first
-} Embed;
+    size_t pos;   // of the first
+    size_t layer; // the current one
+} Batch;
 
-// x[token] = the token's row of the embedding, dequantized
-static void embed_tokens(const void *args, Range tokens) {
-    const Embed *e = args;
-    const QuantizedTensor *w = &e->t->weights.embedding;
-    size_t dim = w->cols, head_size = e->t->config.head_size;
+// x[token] = the token's row of the embedding, dequantized; and RoPE's angles for its position.
+static void embed(const void *args, Range tokens) {
+    const Batch *b = args;
+    const QuantizedTensor *w = &b->t->weights.embedding;
+    size_t dim = w->cols, head_size = b->t->config.head_size;
     for (size_t token = tokens.first; token < tokens.end; token++) {
-        size_t row = e->tokens[token], lane = row % PANEL_ROWS;
+        size_t row = b->tokens[token], lane = row % PANEL_ROWS;
         const Panel *panel = panels_of(w, row);
-        float *x = e->t->state.x + token * dim;
+        float *x = b->t->state.x + token * dim;
         for (size_t i = 0; i < dim; i++) {
             const Panel *group = &panel[i / GROUP];
             x[i] = (float)group->q[i % GROUP / 4][lane][i % 4] * group->s[lane];
         }
-        rope_table(e->t->state.rope + token * head_size, head_size, e->pos + token);
+        rope_table(b->t->state.rope + token * head_size, head_size, b->pos + token);
     }
-}
-
-static void embed(const Transformer *t, const int *tokens, size_t n, size_t pos) {
-    parallel_for(embed_tokens, &(Embed){t, tokens, pos}, n, 1);
 }
 
 typedef struct {
@@ -821,14 +812,10 @@ static void mat_mul(const Transformer *t, float *out, const QuantizedTensor *w, 
     MatMul m = {t->kernels, out, w, x, t->state.input, n};
     m.input.width = w->cols;
     parallel_for(quantize_tokens, &m, n, NORM_ROWS);
+    // Small pieces are divided evenly (576 rows among 2 workers), and two panels are multiplied
+    // jointly.
     parallel_for(multiply_rows, &m, w->rows, 2 * PANEL_ROWS);
 }
-
-// The tokens of a pass in a layer.
-typedef struct {
-    const Transformer *t;
-    size_t layer, pos; // of the first token
-} LayerTokens;
 
 // Rotates the pairs (x[i], x[i + 1]) of a head by the angles of its position.
 // Adds -b * s: in a difference beside a sum, gcc 12 recognizes a complex product and fuses it into
@@ -841,19 +828,22 @@ static void rotate(float *x, const float *table, size_t head_size) {
     }
 }
 
-static void rope_tokens(const void *args, Range tokens) {
-    const LayerTokens *l = args;
-    const Config *c = &l->t->config;
-    const State *s = &l->t->state;
+// Rotary position embedding: rotates each pair of values of the queries and keys by an angle that
+// grows with the position, so that a query times a key depends on how far apart the two are. Then
+// copies keys and values into the KV cache.
+static void rope(const void *args, Range tokens) {
+    const Batch *b = args;
+    const Config *c = &b->t->config;
+    const State *s = &b->t->state;
     size_t head_size = c->head_size, n_heads = c->n_heads, n_kv_heads = c->n_kv_heads;
     for (size_t token = tokens.first; token < tokens.end; token++) {
         float *q = s->qkv + token * (c->dim + 2 * c->kv_dim), *k = q + c->dim, *v = k + c->kv_dim;
         for (size_t head = 0; head < n_heads + n_kv_heads; head++)
             rotate(q + head * head_size, s->rope + token * head_size, head_size);
-        size_t position = l->pos + token, at = position % KEY_BLOCK;
+        size_t position = b->pos + token, at = position % KEY_BLOCK;
         for (size_t head = 0; head < n_kv_heads; head++) {
-            float *keys = kv_block(s, c, l->layer, head, position);
-            float *values = kv_block(s, c, l->layer, n_kv_heads + head, position);
+            float *keys = kv_block(s, c, b->layer, head, position);
+            float *values = kv_block(s, c, b->layer, n_kv_heads + head, position);
             for (size_t i = 0; i < head_size; i++) {
                 keys[i * KEY_BLOCK + at] = k[head * head_size + i];
                 values[at * head_size + i] = v[head * head_size + i];
@@ -862,19 +852,15 @@ static void rope_tokens(const void *args, Range tokens) {
     }
 }
 
-// Rotary position embedding: rotates each pair of values of the queries and keys by an angle that
-// grows with the position, so that a query times a key depends on how far apart the two are. Then
-// copies keys and values into the KV cache.
-static void rope(const Transformer *t, size_t layer, size_t n, size_t pos) {
-    parallel_for(rope_tokens, &(LayerTokens){t, layer, pos}, n, 1);
-}
-
-// Query number token * n_heads + head is a head of a token.
-static void attend_queries(const void *args, Range queries) {
-    const LayerTokens *l = args;
-    const Config *c = &l->t->config;
-    const State *s = &l->t->state;
-    const Kernels *kernels = l->t->kernels;
+// Attention: each query gets scores against the keys of all positions up to its own, softmax turns
+// them into weights, and xb = the sum of the values by these weights. Query number
+// token * n_heads + head is a head of a token. Grouped-query attention: n_heads / n_kv_heads query
+// heads share the keys and values of a KV head, and go over them together.
+static void multi_head_attn(const void *args, Range queries) {
+    const Batch *b = args;
+    const Config *c = &b->t->config;
+    const State *s = &b->t->state;
+    const Kernels *kernels = b->t->kernels;
     size_t stride = s->max_kv_len;
     size_t head_size = c->head_size, n_heads = c->n_heads, n_kv_heads = c->n_kv_heads;
     size_t heads_per_kv_head = n_heads / n_kv_heads;
@@ -882,33 +868,25 @@ static void attend_queries(const void *args, Range queries) {
 
     for (size_t query = queries.first, count; query < queries.end; query += count) {
         size_t token = query / n_heads, head = query % n_heads, kv_head = head / heads_per_kv_head;
-        size_t kv_len = l->pos + token + 1;
+        size_t kv_len = b->pos + token + 1;
         count = min_size(heads_per_kv_head - head % heads_per_kv_head, queries.end - query);
-        const QueryHeads shared = {count, head_size, stride, l->t->kv_ahead};
+        const QueryHeads shared = {count, head_size, stride, b->t->kv_ahead};
         const float *q = s->qkv + token * (c->dim + 2 * c->kv_dim) + head * head_size;
         float *out = s->xb + query * head_size;
         for (size_t t = 0; t < kv_len; t += CHUNK)
-            kernels->score(att + t, q, kv_block(s, c, l->layer, kv_head, t),
+            kernels->score(att + t, q, kv_block(s, c, b->layer, kv_head, t),
                            min_size(kv_len - t, CHUNK), shared);
         for (size_t i = 0; i < count; i++) kernels->softmax(att + i * stride, kv_len);
         memset(out, 0, count * head_size * sizeof(float));
         for (size_t t = 0; t < kv_len; t += CHUNK)
-            kernels->weighted_sum(out, att + t, kv_block(s, c, l->layer, n_kv_heads + kv_head, t),
+            kernels->weighted_sum(out, att + t, kv_block(s, c, b->layer, n_kv_heads + kv_head, t),
                                   min_size(kv_len - t, CHUNK), shared);
     }
 }
 
-// Attention: each query gets scores against the keys of all positions up to its own, softmax turns
-// them into weights, and xb = the sum of the values by these weights. Grouped-query attention:
-// n_heads / n_kv_heads query heads share the keys and values of a KV head, and go over them
-// together. So the heads of a token stay together; of a single token each worker gets a share.
-static void multi_head_attn(const Transformer *t, size_t layer, size_t n, size_t pos) {
-    size_t n_heads = t->config.n_heads;
-    parallel_for(attend_queries, &(LayerTokens){t, layer, pos}, n * n_heads, n > 1 ? n_heads : 0);
-}
-
-static void swiglu_tokens(const void *args, Range tokens) {
-    const Transformer *t = args;
+// hb[token] = silu(gate[token]) * up[token]
+static void swiglu(const void *args, Range tokens) {
+    const Transformer *t = ((const Batch *)args)->t;
     size_t hidden_dim = t->config.hidden_dim;
     for (size_t token = tokens.first; token < tokens.end; token++) {
         const float *gate = t->state.gate_up + token * 2 * hidden_dim;
@@ -916,18 +894,13 @@ static void swiglu_tokens(const void *args, Range tokens) {
     }
 }
 
-// hb[token] = silu(gate[token]) * up[token] for n tokens.
-static void swiglu(const Transformer *t, size_t n) { parallel_for(swiglu_tokens, t, n, 1); }
-
-static void add_tokens(const void *args, Range tokens) {
-    const Transformer *t = args;
+// The end of a block: x[token] = x[token] + xb2[token]
+static void add(const void *args, Range tokens) {
+    const Transformer *t = ((const Batch *)args)->t;
     size_t dim = t->config.dim;
     float *x = t->state.x, *xb2 = t->state.xb2;
     for (size_t i = tokens.first * dim; i < tokens.end * dim; i++) x[i] = x[i] + xb2[i];
 }
-
-// The end of a block: x[token] = x[token] + xb2[token] for n tokens.
-static void add(const Transformer *t, size_t n) { parallel_for(add_tokens, t, n, NORM_ROWS); }
 
 // Computes n >= 1 tokens at positions pos.. (pos + n <= seq_len), which continue what was computed
 // for the positions before. Returns [wanted][vocab_size] logits of the last `wanted` tokens (at
@@ -935,29 +908,33 @@ static void add(const Transformer *t, size_t n) { parallel_for(add_tokens, t, n,
 static float *forward(Transformer *t, const int *tokens, int n, int pos, int wanted) {
     const Weights *w = &t->weights;
     State *s = &t->state;
-    size_t dim = t->config.dim, n_layers = t->config.n_layers, count = 0;
-    for (; n > 0; tokens += count, n -= (int)count, pos += (int)count) {
+    size_t dim = t->config.dim, n_layers = t->config.n_layers, n_heads = t->config.n_heads;
+    size_t left = n, count = 0;
+    for (Batch b = {.t = t, .tokens = tokens, .pos = pos}; left > 0; left -= count) {
         count =
-            (size_t)(n - 1) % MAX_BATCH + 1; // all but the first are full: the last has `wanted`
-        embed(t, tokens, count, pos);
-        for (size_t layer = 0; layer < n_layers; layer++) {
-            const Layer *l = &w->layers[layer];
+            (left - 1) % MAX_BATCH + 1; // the first pass takes the remainder, the others are full
+        parallel_for(embed, &b, count, 1);
+        for (b.layer = 0; b.layer < n_layers; b.layer++) {
+            const Layer *l = &w->layers[b.layer];
 
             // attention block: x = x + wo . attention(rope(wqkv . rmsnorm(x)))
-            rmsnorm(s->xb, s->x, w->rms_att_weight + layer * dim, dim, count);
+            rmsnorm(s->xb, s->x, w->rms_att_weight + b.layer * dim, dim, count);
             mat_mul(t, s->qkv, &l->wqkv, s->xb, count);
-            rope(t, layer, count, pos);
-            multi_head_attn(t, layer, count, pos);
+            parallel_for(rope, &b, count, 1);
+            // A piece is all heads of a token; a single token is divided among the workers.
+            parallel_for(multi_head_attn, &b, count * n_heads, count > 1 ? n_heads : 0);
             mat_mul(t, s->xb2, &l->wo, s->xb, count);
-            add(t, count);
+            parallel_for(add, &b, count, NORM_ROWS);
 
             // feed-forward block: x = x + w2 . swiglu(w13 . rmsnorm(x))
-            rmsnorm(s->xb, s->x, w->rms_ffn_weight + layer * dim, dim, count);
+            rmsnorm(s->xb, s->x, w->rms_ffn_weight + b.layer * dim, dim, count);
             mat_mul(t, s->gate_up, &l->w13, s->xb, count);
-            swiglu(t, count);
+            parallel_for(swiglu, &b, count, 1);
             mat_mul(t, s->xb2, &l->w2, s->hb, count);
-            add(t, count);
+            parallel_for(add, &b, count, NORM_ROWS);
         }
+        b.tokens += count;
+        b.pos += count;
     }
     rmsnorm(s->xb, s->x + (count - (size_t)wanted) * dim, w->rms_final_weight, dim, wanted);
     mat_mul(t, s->logits, &w->classifier, s->xb, wanted);

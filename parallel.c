@@ -3,7 +3,7 @@
 //     ./parallel [options] <threads> <seed> ["prompt" ...]
 //
 // model.h has what is computed, the same to the last bit for any number of threads. This file has
-// the thread pool that a step of the forward pass is shared out among.
+// the thread pool that divides each step of the forward pass among its workers.
 #define _GNU_SOURCE
 #include "common.h"
 #include "model.h"
@@ -19,20 +19,13 @@
 // ------------------------------------------------------------------------------------------------
 // The pool
 //
-// Fork and join: the thread that creates the pool is worker 0 and runs forward(). Its
+// Fork-join: the thread that creates the pool is worker 0 and runs forward(). Its
 // parallel_for() publishes a step, takes part in it like the other workers, and waits until the
 // last piece is done. There are at most as many workers as CPUs; the remaining threads sleep.
 
 typedef struct {
     double user, system; // seconds
 } CpuTime;
-
-// What threads wait for.
-typedef struct {
-    bool (*has_happened)(void);
-    pthread_cond_t condition;
-    atomic_int asleep; // threads that wait for the condition
-} Event;
 
 typedef struct {
     pthread_t threads[MAX_THREADS]; // without thread 0, which is the caller
@@ -46,39 +39,35 @@ typedef struct {
     Step *step;
     const void *args;
     size_t count, piece_size, pieces;
-    _Alignas(64) atomic_size_t unclaimed; // pieces that no worker has claimed yet
-    _Alignas(64) atomic_size_t undone;    // pieces that no worker has done yet
+    _Alignas(64) atomic_size_t unclaimed;  // pieces that no worker has claimed yet
+    _Alignas(64) atomic_size_t unfinished; // pieces that no worker has done yet
 
     _Alignas(64) atomic_bool closing;
-    pthread_mutex_t lock; // of the conditions
-    Event work_ready;     // wakes the workers
-    Event step_done;      // wakes worker 0
-    Event closed;         // wakes the remaining threads
+    pthread_mutex_t lock;      // of the conditions
+    pthread_cond_t work_ready; // wakes the workers
+    pthread_cond_t step_done;  // wakes worker 0
+    pthread_cond_t closed;     // wakes the remaining threads
 } Pool;
 static Pool pool;
 
-static bool is_closed(void) { return pool.closing; }
+static bool is_closing(void) { return pool.closing; }
 static bool is_work_ready(void) { return pool.unclaimed > 0 || pool.closing; }
-static bool is_step_done(void) { return pool.undone == 0; }
+static bool is_step_done(void) { return pool.unfinished == 0; }
 
-// Returns when the event has happened: spins, then sleeps. No lost wake-up: a sleeper increments
-// `asleep` and then loads the counter that the event depends on; who changes the counter then loads
-// `asleep`, in wake(). All of them are sequentially consistent, so at least one sees the other.
-static void wait_for(Event *event) {
+// Returns when an event has happened: spins, then sleeps. No lost wake-up: a sleeper looks for the
+// event under the lock before it waits, and wake() takes the lock after the event.
+static void wait_for(bool (*has_happened)(void), pthread_cond_t *condition) {
     for (double end = seconds(CLOCK_MONOTONIC) + SPIN_SECONDS; seconds(CLOCK_MONOTONIC) < end;)
-        if (event->has_happened()) return;
+        if (has_happened()) return;
     pthread_mutex_lock(&pool.lock);
-    event->asleep++;
-    while (!event->has_happened()) pthread_cond_wait(&event->condition, &pool.lock);
-    event->asleep--;
+    while (!has_happened()) pthread_cond_wait(condition, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
 }
 
-// Wakes the threads that sleep until an event, which has happened.
-static void wake(Event *event) {
-    if (event->asleep == 0) return;
+// Wakes the threads that wait for an event, which has happened.
+static void wake(pthread_cond_t *condition) {
     pthread_mutex_lock(&pool.lock);
-    pthread_cond_broadcast(&event->condition);
+    pthread_cond_broadcast(condition);
     pthread_mutex_unlock(&pool.lock);
 }
 
@@ -93,7 +82,7 @@ static void take_part(int worker) {
         size_t first = (pool.pieces - left) * pool.piece_size;
         size_t end = min_size(first + claimed * pool.piece_size, pool.count);
         pool.step(pool.args, (Range){first, end, worker});
-        if (atomic_fetch_sub(&pool.undone, claimed) == claimed) wake(&pool.step_done);
+        if (atomic_fetch_sub(&pool.unfinished, claimed) == claimed) wake(&pool.step_done);
     }
 }
 
@@ -109,11 +98,11 @@ static void parallel_for(Step *step, const void *args, size_t count, size_t piec
     pool.count = count;
     pool.piece_size = piece_size;
     pool.pieces = pieces;
-    pool.undone = pieces;
+    pool.unfinished = pieces;
     pool.unclaimed = pieces; // publishes the step
     wake(&pool.work_ready);
     take_part(0);
-    wait_for(&pool.step_done);
+    wait_for(is_step_done, &pool.step_done);
 }
 
 // Returns the CPU time of the calling thread. getrusage(2) has it as of the kernel's last tick;
@@ -128,9 +117,9 @@ static CpuTime thread_cpu_time(void) {
 
 static void *thr_func(void *argument) {
     int thread = (int)(intptr_t)argument;
-    Event *event = thread < pool.workers ? &pool.work_ready : &pool.closed;
+    if (thread >= pool.workers) wait_for(is_closing, &pool.closed);
     while (!pool.closing) {
-        wait_for(event);
+        wait_for(is_work_ready, &pool.work_ready);
         take_part(thread);
     }
     pool.cpu_times[thread] = thread_cpu_time();
@@ -150,9 +139,9 @@ static void close_thr_pool(void) {
 static int start_threads(int threads, int workers) {
     pool = (Pool){.workers = workers,
                   .lock = PTHREAD_MUTEX_INITIALIZER,
-                  .work_ready = {is_work_ready, PTHREAD_COND_INITIALIZER, 0},
-                  .step_done = {is_step_done, PTHREAD_COND_INITIALIZER, 0},
-                  .closed = {is_closed, PTHREAD_COND_INITIALIZER, 0}};
+                  .work_ready = PTHREAD_COND_INITIALIZER,
+                  .step_done = PTHREAD_COND_INITIALIZER,
+                  .closed = PTHREAD_COND_INITIALIZER};
     for (pool.size = 1; pool.size < threads; pool.size++) {
         int error =
             pthread_create(&pool.threads[pool.size], NULL, thr_func, (void *)(intptr_t)pool.size);
