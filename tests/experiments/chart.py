@@ -31,13 +31,8 @@ def text(x, y, content, attributes=""):
     return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}>{escape(content)}</text>'
 
 
-def digits(number):
-    """Three significant digits, or a whole number."""
-    return f"{number:.0f}" if number >= 1000 else f"{number:.3g}"
-
-
 def bar(number, y, value, scale, unit):
-    """A bar from the axis to the median, a line from the least to the most, the median in digits;
+    """A bar from the axis to the median, a line from the least to the most, the median as a number;
     or a string in place of the bar."""
     if isinstance(value, str):
         return text(LABELS + 6, y + BAR - 3, value, 'class="note"')
@@ -45,7 +40,7 @@ def bar(number, y, value, scale, unit):
     middle = y + BAR / 2
     return (f'<rect class="bar{number}" x="{LABELS}" y="{y}" width="{median - LABELS:.1f}" '
             f'height="{BAR - 1}"/><path class="spread" d="M{least:.1f} {middle}H{most:.1f}"/>'
-            + text(most + 6, y + BAR - 3, f"{digits(value[0])} {unit}"))
+            + text(most + 6, y + BAR - 3, f"{value[0]:.2f} {unit}"))
 
 
 def bar_chart(title, unit, series, rows):

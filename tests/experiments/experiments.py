@@ -69,11 +69,10 @@ class Plan:
 
 def find_model(folder):
     """The folder of the model, and what it is."""
-    if folder is not None:
-        return folder, f"{folder}/model.bin, {(folder / 'model.bin').stat().st_size} bytes"
-    if (TOP / "model.bin").exists() and (TOP / "tokenizer.bin").exists():
-        return TOP, f"model.bin, {(TOP / 'model.bin').stat().st_size} bytes"
-    return smollm_shape(), "SmolLM-135M's shape, random weights, a vocabulary of 1024"
+    if folder is None and not (TOP / "model.bin").exists():
+        return smollm_shape(), "SmolLM-135M's shape, random weights, a vocabulary of 1024"
+    model = (folder or TOP) / "model.bin"
+    return model.parent, f"{model}, {model.stat().st_size} bytes"
 
 
 def take(plan, text, steps, seconds_per_step):

@@ -9,10 +9,10 @@ Letters are the general categories L*, numbers Nd, Nl and No, of python's own un
 White_Space is a property which that module lacks, so it is spelt out here (PropList.txt).
 """
 import sys
+import textwrap
 import unicodedata
 
-INDENT = 4
-COLUMNS = 100
+INDENT = " " * 4
 WHITE_SPACE = frozenset((*range(0x09, 0x0E), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B),
                          0x2028, 0x2029, 0x202F, 0x205F, 0x3000))
 
@@ -46,14 +46,8 @@ def delta_pairs(belongs):
 
 def packed(values):
     """The values, comma-separated, in lines as long as the column limit allows."""
-    lines, line = [], " " * (INDENT - 1)
-    for value in values:
-        item = f" {value},"
-        if len(line) + len(item) > COLUMNS:
-            lines.append(line)
-            line = " " * (INDENT - 1)
-        line += item
-    return "\n".join(lines + [line])
+    return textwrap.fill(" ".join(f"{value}," for value in values), 100, initial_indent=INDENT,
+                         subsequent_indent=INDENT)
 
 
 def main():

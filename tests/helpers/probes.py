@@ -10,8 +10,6 @@ from support import AT_ONCE, INFERENCE, SessionTestCase
 
 PROBE_LIMIT = 90  # seconds; a golden run of the full size under a sanitizer is the longest
 PARALLEL = ("-DENGINE=\"../../parallel.c\"", "-DPARALLEL")
-
-
 FLAGS = ("-O2", *shlex.split(os.environ.get("PROBE_CFLAGS", "")))  # those of a sanitizer
 
 
