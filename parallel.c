@@ -54,8 +54,8 @@ static bool is_closing(void) { return pool.closing; }
 static bool is_work_ready(void) { return pool.unclaimed > 0 || pool.closing; }
 static bool is_step_done(void) { return pool.unfinished == 0; }
 
-// Returns when an event has happened: spins, then sleeps. No lost wake-up: a sleeper looks for the
-// event under the lock before it waits, and wake() takes the lock after the event.
+// Returns when an event has happened: spins, then sleeps. No lost wake-up: a sleeper checks for the
+// event under the lock before it waits, and wake() takes the lock after the event has happened.
 static void wait_for(bool (*has_happened)(void), pthread_cond_t *condition) {
     for (double end = seconds(CLOCK_MONOTONIC) + SPIN_SECONDS; seconds(CLOCK_MONOTONIC) < end;)
         if (has_happened()) return;
@@ -72,7 +72,7 @@ static void wake(pthread_cond_t *condition) {
 }
 
 // Claims pieces of the current step and does them, until none is left. A claim takes an equal share
-// of the pieces that are left (guided self-scheduling): first long runs of memory, then single
+// of the pieces that are left (guided self-scheduling): first long runs of items, then single
 // pieces, so that all workers finish together. With single pieces only, a token takes 1.1 times as
 // long.
 static void take_part(int worker) {
