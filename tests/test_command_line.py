@@ -1,9 +1,7 @@
 """Options, operands and prompts on the command lines, and where their mistakes are reported."""
 import unittest
 
-from support import INFERENCE, MAIN, TINY, TOP, SessionTestCase, replies
-
-PARALLEL = TOP / "parallel"
+from support import INFERENCE, MAIN, PARALLEL, TINY, SessionTestCase, replies
 
 
 class UsageTest(SessionTestCase):
@@ -42,14 +40,16 @@ class UsageTest(SessionTestCase):
         self.assert_usage(MAIN, "-d", TINY, 42, 43)
         self.assert_usage(MAIN, "-d")
 
-    def test_bad_arguments_of_the_engine_get_its_usage(self):
-        """The engine needs a seed and checks its options by itself."""
+    def test_bad_arguments_of_the_engines_get_their_usage(self):
+        """They need a seed, parallel a number of threads, and check options by themselves."""
         for seed in self.BAD_SEEDS:
             self.assert_usage(INFERENCE, "-d", TINY, "--", seed, "Hello!")
         for options in self.BAD_OPTIONS:
             self.assert_usage(INFERENCE, "-d", TINY, *options, 42, "Hello!")
-        self.assert_usage(INFERENCE)
-        self.assert_usage(INFERENCE, "-d", TINY)
+        for count in ("0", "-1", "two", "2x", "", "65", "99999999999999999999"):
+            self.assert_usage(PARALLEL, "--", count, 42, "Hello!")
+        for program, *operands in ((INFERENCE,), (PARALLEL,), (PARALLEL, 2), (PARALLEL, 2, "x")):
+            self.assert_usage(program, *operands)
 
     def test_help_is_printed_on_stdout(self):
         """-h and --help, among whatever else: the usage alone, status 0."""
@@ -60,12 +60,10 @@ class UsageTest(SessionTestCase):
                     self.assertEqual((session.status, session.errors), (0, ""))
                     self.assertRegex(session.text, r"\AUsage: .*" + program.name)
 
-    def test_help_behind_a_mistake_is_no_success(self):
+    def test_help_after_a_mistake_is_no_success(self):
         """The mistake is reported, and the exit status is 2."""
         for program in (MAIN, INFERENCE, PARALLEL):
-            session = self.run_to_end(program, "-k", -1, "-h")
-            self.assertEqual((session.status, session.text), (2, ""))
-            self.assertRegex(session.errors, r"\A-k -1: expected .*\nUsage: ")
+            self.assert_usage(program, "-k", -1, "-h")
 
     def test_options_may_stand_anywhere(self):
         """Before and after the seed, the thread count and the prompts; a value may be attached."""
@@ -81,15 +79,17 @@ class UsageTest(SessionTestCase):
             self.assertEqual(len(texts), 1)
 
     def test_two_dashes_end_the_options(self):
-        """Prompts that begin with a dash stand after them."""
+        """Prompts that begin with a dash stand after them; one that is too long is rejected."""
         for program, operands in ((INFERENCE, (42,)), (PARALLEL, (2, 42))):
             for arguments, prompts in (((*operands, "Hello!", "--", "-h"), 2),
                                        (("--", *operands, "-t", "x"), 2),
+                                       ((*operands, "--", "-m", "a" * 4096, "Hello!"), 2),
                                        ((*operands, "--", "--"), 1)):
                 with self.subTest(program=program.name, arguments=arguments):
                     session = self.run_to_end(program, "-d", TINY, *arguments)
                     self.assertEqual((session.status, session.errors), (0, ""))
                     self.assertEqual(len(replies(session.text)), prompts)
+                    self.assertEqual("4095" in session.text, "-m" in arguments)
 
     def test_an_unknown_option_is_named(self):
         """A short one, a long one, and one among the prompts; so is an option without a value."""
@@ -98,16 +98,18 @@ class UsageTest(SessionTestCase):
                                    ((42, "Hello!", "-z"), "-z is not an option."),
                                    ((42, "-t"), "-t needs a value.")):
             for program in (MAIN, INFERENCE, PARALLEL):
-                self.assertEqual(self.run_to_end(program, *arguments).errors.splitlines()[0], message)
+                first_line = self.run_to_end(program, *arguments).errors.splitlines()[0]
+                self.assertEqual(first_line, message)
 
     def test_a_bad_value_names_what_is_allowed(self):
         """In the first line, and nothing else is wrong."""
-        for options, allowed in ((("-t", "abc"), "0.01 to 100"), (("-p", 2), "0 to 1"),
-                                 (("-m", 0), "1 to 1000000"), (("-s", "foo"), "DEADLINE"),
-                                 (("-n", 99), "-20 to 19"), (("-r", 0), "1 to 99"),
-                                 (("-j", 65), "1 to 64"), (("-D", "10ms"), "10ms:20ms:20ms"),
-                                 (("-s", "RR", "-n", 1), "SCHED_RR takes only -r"),
-                                 (("-s", "DEADLINE"), "SCHED_DEADLINE needs -D")):
+        for allowed, *options in (("0.01 to 100", "-t", "abc"), ("0 to 1", "-p", 2),
+                                  ("1 to 1000000", "-m", 0), ("0 to 16", "-k", -1),
+                                  ("DEADLINE", "-s", "foo"), ("-20 to 19", "-n", 99),
+                                  ("1 to 99", "-r", 0), ("1 to 64", "-j", 65),
+                                  ("10ms:20ms:20ms", "-D", "10ms"),
+                                  ("SCHED_RR takes only -r", "-s", "RR", "-n", 1),
+                                  ("SCHED_DEADLINE needs -D", "-s", "DEADLINE")):
             first, second = self.run_to_end(MAIN, *options).errors.splitlines()[:2]
             self.assertIn(allowed, first)
             self.assertIn("Usage", second)
@@ -128,24 +130,18 @@ class UsageTest(SessionTestCase):
 
 
 class ErrorChannelTest(SessionTestCase):
-    def in_terminal(self, *arguments, **options):
-        session = self.start(*arguments, terminal=True, **options)
-        session.finish()
-        return session
-
     def test_errors_appear_where_the_user_looks(self):
-        """With the log in a file, an error goes to the terminal as well."""
+        """With the log in a file, an error goes to the terminal as well; without one, only once."""
         folder = self.folder()
         for program in (MAIN, INFERENCE):
             for arguments in (("-d", folder, 42), ("abc",), ("-z",), ("-m", 0, 42)):
                 with self.subTest(program=program.name, arguments=arguments):
-                    session = self.in_terminal(program, *arguments)
+                    session = self.start(program, *arguments, terminal=True)
+                    session.finish()
                     self.assertTrue(session.errors)
                     self.assertIn(session.errors, session.text)
-
-    def test_errors_appear_once(self):
-        """Without a log the terminal shows an error once."""
-        session = self.in_terminal(MAIN, "-d", self.folder(), 42, errors_to_terminal=True)
+        session = self.start(MAIN, "-d", folder, terminal=True, errors_to_terminal=True)
+        session.finish()
         self.assertEqual(session.text.count("make prepare"), 1, session.text)
 
 
