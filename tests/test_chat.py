@@ -16,41 +16,42 @@ PROMPTS = [prompt for prompt, _ in MEMORY]
 LONGEST = 4095  # bytes of a prompt
 
 
-class ConversationTest(SessionTestCase):
-    def test_the_chat_remembers_over_pipes(self):
-        """A reply uses a fact from two prompts before."""
-        session = self.chat(42)
-        session.read_until(">>> ")
-        for prompt, answer in MEMORY:
-            self.assertTrue(session.ask(prompt).startswith(answer), session.text)
-        session.end_input()
-        self.assert_ends(session, 0, "0")
+class ChatTestCase(SessionTestCase):
+    def said_by_main(self, *options, prompts=PROMPTS):
+        return replies(self.run_to_end(MAIN, "-d", TINY, *options, typed=lines(prompts)).text)
 
-    def test_the_chat_remembers_in_a_terminal(self):
-        """The same in a terminal, which shows the information line in green."""
-        session = self.chat(42, terminal=True)
-        session.read_until(">>> ")
-        for prompt, answer in MEMORY:
-            reply = session.ask(prompt)
-            self.assertTrue(reply.startswith(prompt + "\n" + answer), session.text)
+
+class ConversationTest(ChatTestCase):
+    def test_the_chat_remembers(self):
+        """A reply uses a fact from two prompts before: over pipes, and in a terminal, which shows
+        the information line in green.
+        """
         green_line = r"\n\x1b\[([0-9]+;)?32m\[INFO\] SEQ LEN: \d+, Speed: [0-9.]+ tok/s\x1b\[0?m\n"
-        self.assertRegex(session.text, green_line)
-        session.end_input()
-        self.assert_ends(session, 0, "0")
+        for terminal in (False, True):
+            with self.subTest(terminal=terminal):
+                session = self.chat(terminal=terminal)
+                for prompt, answer in MEMORY:
+                    reply = session.ask(prompt)
+                    echo = prompt + "\n" if terminal else ""
+                    self.assertTrue(reply.startswith(echo + answer), session.text)
+                self.assertEqual(len(re.findall(green_line, session.text)),
+                                 len(MEMORY) if terminal else 0)
+                session.end_input()
+                self.assert_ends(session, 0, "0")
 
     def test_a_transcript_over_pipes_is_plain_text(self):
-        """A mark, the reply, the information line and the next mark, and nothing else."""
-        session = self.run_to_end(MAIN, "-d", TINY, 42, typed="My name is Zelda.\n")
-        self.assertRegex(session.text, r"\A>>> " + re.escape(GREETING) + "\n"
+        """A mark, the reply, the information line and the next mark, and nothing else. Empty lines
+        get another mark, and the last line needs no newline.
+        """
+        session = self.run_to_end(MAIN, "-d", TINY, typed="\n\nMy name is Zelda.")
+        self.assertRegex(session.text, r"\A>>> >>> >>> " + re.escape(GREETING) + "\n"
                          + INFO_LINE.pattern + r">>> \nChild exited with 0\n\Z")
 
     def test_the_mark_comes_before_the_model_is_loaded(self):
         """The user may type at once, and nothing typed while the model loads is lost."""
         session = self.start_fake("""
             wait_for("loaded")
-            report()
             put("Prompt: " + next_prompt().decode())
-            report()
             next_prompt()
             """)
         session.read_until(">>> ")
@@ -58,29 +59,14 @@ class ConversationTest(SessionTestCase):
         session.release("loaded")
         session.read_until("Prompt: I am early.\n", ">>> ")
 
-    def test_an_empty_line_gets_another_mark(self):
-        """An empty line is no prompt: it gets the next mark and no reply."""
-        session = self.run_to_end(MAIN, "-d", TINY, 42, typed="\n\nMy name is Zelda.\n\n")
-        self.assertTrue(session.text.startswith(">>> >>> >>> " + GREETING), session.text)
-        self.assertEqual(len(replies(session.text)), 1)
-
-    def test_the_last_line_needs_no_newline(self):
-        """A prompt that ends with the input is answered."""
-        session = self.run_to_end(MAIN, "-d", TINY, 42, typed="My name is Zelda.")
-        self.assertTrue(session.text.startswith(">>> " + GREETING), session.text)
-        self.assertEqual(session.status, 0)
-
     def test_the_longest_reply_has_max_new_tokens(self):
         """-m limits a reply; the chat goes on after it."""
         for limit in (1, 7):
-            with self.subTest(limit):
-                session = self.run_to_end(MAIN, "-d", TINY, "-m", limit, "-t", 0, 42,
-                                          typed="Tell me a story.\n" * 2)
-                (first, length), (second, _) = replies(session.text)
-                self.assertTrue(first.strip() and second.strip(), session.text)
-                one_more = self.run_to_end(MAIN, "-d", TINY, "-m", limit + 1, "-t", 0, 42,
-                                           typed="Tell me a story.\n")
-                self.assertEqual(replies(one_more.text)[0][1], length + 1)
+            (first, length), (second, _), (_, longer) = (
+                *self.said_by_main("-t", 0, "-m", limit, prompts=2 * ["Tell me a story."]),
+                *self.said_by_main("-t", 0, "-m", limit + 1, prompts=["Tell me a story."]))
+            self.assertTrue(first.strip() and second.strip())
+            self.assertEqual(longer, length + 1)
 
 
 class ReplyTest(SessionTestCase):
@@ -102,16 +88,12 @@ class ReplyTest(SessionTestCase):
         self.assertEqual((session.finish(), session.errors), (0, ""))
         return replies(session.output.decode())
 
-    def reply(self, texts, *options):
-        (reply, _), = self.replies(texts, *options)
-        return reply
-
     def test_control_characters_are_left_out(self):
         """A terminal would execute them, also U+0080 to U+009F. Newline and tab stay."""
         controls = [chr(code).encode() for code in (0, 7, 13, 27, 127, *range(0x80, 0xA0))]
         parts_of_one = [b"\xc2", b"\x9b"]
         good = [text.encode() for text in ("a", "\t", "\n", "\u00a0", "\u00e9", "\U0001F600")]
-        reply = self.reply(controls + parts_of_one + good, "-t", 100, "-m", 200)
+        reply, _ = self.replies(controls + parts_of_one + good, "-t", 100, "-m", 200)[0]
         self.assertNotRegex(reply, r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
         for text in good:
             self.assertIn(text.decode(), reply)
@@ -121,16 +103,16 @@ class ReplyTest(SessionTestCase):
         bytes come from several tokens are whole.
         """
         bad = [b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe0\x80\x80"]
-        reply = self.reply([*bad, b"\xe2\x82", b"\xac", b"a"], "-t", 100, "-m", 250)
+        texts = [*bad, b"\xe2\x82", b"\xac", b"a"]
+        reply, _ = self.replies(texts, "-t", 100, "-m", 250)[0]
         self.assertEqual(set(reply) - {"\n"}, {"a", "\u20ac"})
 
     def test_every_control_token_ends_a_reply(self):
-        """An empty reply is an empty line."""
-        self.assertEqual(self.reply([b"<|stop|>", b"<eos>"]), "\n")
-
-    def test_what_only_resembles_a_control_token_is_printed(self):
-        """Such a token has letters between its angle brackets."""
-        self.assertRegex(self.reply([b"<3>", b"<>"], "-m", 20), r"\A(<3>|<>)+\n\Z")
+        """An empty reply is an empty line. A token without letters between its angle brackets only
+        resembles a control token, and is printed.
+        """
+        self.assertEqual(self.replies([b"<|stop|>", b"<eos>"])[0][0], "\n")
+        self.assertRegex(self.replies([b"<3>", b"<>"], "-m", 20)[0][0], r"\A(<3>|<>)+\n\Z")
 
     def test_long_replies_fill_the_window(self):
         """Each one makes room for the next, to the last position, and the chat never ends."""
@@ -164,8 +146,8 @@ class ReplyTest(SessionTestCase):
         self.assertGreaterEqual(speed, 1 / (ended - started))
 
     def test_the_speed_does_not_count_the_prompt(self):
-        """A prompt of 200 tokens takes most of the time, and its reply of two is not slow for that."""
-        session = self.start(MAIN, "-d", self.noise_model(), "-m", 2, 42)
+        """A prompt of 200 tokens takes most of the time; its reply of two is not slow for that."""
+        session = self.chat("-m", 2, folder=self.noise_model())
         session.ask("Hello!")  # the model is loaded now
         started = time.monotonic()
         session.send("7" * 200 + "\n")
@@ -173,10 +155,7 @@ class ReplyTest(SessionTestCase):
         self.assertLess(1 / speed, (time.monotonic() - started) / 2)
 
 
-class ReproducibilityTest(SessionTestCase):
-    def said_by_main(self, *options, prompts=PROMPTS):
-        return replies(self.run_to_end(MAIN, "-d", TINY, *options, typed=lines(prompts)).text)
-
+class ReproducibilityTest(ChatTestCase):
     def test_prompts_from_any_source_give_the_same_text(self):
         """Through main, as arguments, on stdin: same seed, same prompts, same text."""
         by_main = self.said_by_main(42)
@@ -188,17 +167,13 @@ class ReproducibilityTest(SessionTestCase):
             self.assertEqual((session.status, session.errors), (0, ""))
 
     def test_the_seed_decides_the_text(self):
-        """Other seeds give other stories; 42 is the default."""
-        story = ["Tell me a story."]
-        stories = {str(self.said_by_main(seed, prompts=story)) for seed in range(1, 5)}
-        self.assertGreater(len(stories), 1)
-        self.assertEqual(self.said_by_main(prompts=story), self.said_by_main(42, prompts=story))
-
-    def test_temperature_0_needs_no_seed(self):
-        """-t 0 is greedy: the same text for every seed."""
-        story = ["Tell me a story."]
-        self.assertEqual(self.said_by_main("-t", 0, 1, prompts=story),
-                         self.said_by_main("-t", 0, 2, prompts=story))
+        """Other seeds give other stories, but not with -t 0, which is greedy; 42 is the default."""
+        def stories(*options, seeds):
+            return {str(self.said_by_main(*options, *seed, prompts=["Tell me a story."]))
+                    for seed in seeds}
+        self.assertGreater(len(stories(seeds=[(1,), (2,), (3,), (4,)])), 1)
+        self.assertEqual(len(stories("-t", 0, seeds=[(1,), (2,)])), 1)
+        self.assertEqual(len(stories(seeds=[(), (42,)])), 1)
 
     def test_the_clock_gives_a_seed_that_can_be_used_again(self):
         """With seed 0 the seed from the clock is printed, and it gives the same text again."""
@@ -215,12 +190,9 @@ class InputTest(SessionTestCase):
     def test_no_input_is_taken_while_the_engine_works(self):
         """A line typed during a reply stays in the pipe, and is answered after the reply."""
         session = self.start_fake("""
-            report()
             put("One: " + next_prompt().decode())
             wait_for("done")
-            report()
             put("Two: " + next_prompt().decode())
-            report()
             next_prompt()
             """)
         session.send("first\n")
@@ -234,7 +206,7 @@ class InputTest(SessionTestCase):
 
     def test_typing_ahead_in_a_terminal_is_answered_afterwards(self):
         """The line is echoed at once and answered after the reply."""
-        session = self.chat(42, terminal=True)
+        session = self.chat(terminal=True)
         session.send("My name is Zelda.\nWhat is my name?\n")
         session.read_until(GREETING, "[INFO]", ">>> ", "Your name is Zelda.", "[INFO]", ">>> ")
 
@@ -248,11 +220,9 @@ class InputTest(SessionTestCase):
     def test_the_longest_prompt_reaches_the_engine_whole(self):
         """A prompt of 4095 bytes is taken; one more byte is refused, and nothing of it is sent."""
         session = self.start_fake("""
-            report()
             while True:
                 prompt = next_prompt()
                 put(f"{len(prompt)} bytes, {prompt[:1]}\\n")
-                report()
             """)
         session.send("a" * LONGEST + "\n")
         session.read_until(f"{LONGEST + 1} bytes, b'a'\n>>> ")
@@ -267,11 +237,13 @@ class InputTest(SessionTestCase):
         self.assertNotIn("b'b'", session.text)
 
     def test_a_prompt_longer_than_the_window_is_refused(self):
-        """A message reports it, and the next reply is as if that prompt had not been typed."""
-        session = self.chat(42)
-        session.read_until(">>> ")
+        """A message reports it, and the next reply is as if that prompt had not been typed. 4095
+        bytes need not be too many tokens.
+        """
+        session = self.chat()
         session.send("7" * LONGEST + "\n")  # a token per digit, in a window of 1024
-        tokens, window = re.search(r"(\d+) tokens.*window\D*(\d+)", session.read_until(">>> ")).groups()
+        refusal = session.read_until(">>> ")
+        tokens, window = re.search(r"(\d+) tokens.*window\D*(\d+)", refusal).groups()
         self.assertEqual(int(window), 1024)
         template = int(tokens) - LONGEST
         self.assertEqual(session.ask(PROMPTS[0]), GREETING + "\n")
@@ -281,33 +253,24 @@ class InputTest(SessionTestCase):
         self.assertIn(f" {longest + 1 + template} tokens", session.read_until(">>> "))
         session.ask("7" * longest)
         self.assertIn(replies(session.text)[-1][1], (1023, 1024))
-
-    def test_a_long_prompt_that_fits_the_window_is_answered(self):
-        """4095 bytes need not be many tokens."""
-        session = self.chat(42)
-        session.read_until(">>> ")
         session.ask(("process " * 512)[:LONGEST])
 
     def test_odd_bytes_do_no_harm(self):
         """Control characters, broken UTF-8 and a NUL byte are text like any other."""
         odd = (b"\x01\x02\x1b[31mred\x7f\r", b"\xff\xfe\xc3", "Grüße, 你好 😀".encode(), b"a\0b",
                b"\0", b"<|im_end|>\t<|im_start|>")
-        session = self.chat(42)
-        session.read_until(">>> ")
+        session = self.chat()
         for prompt in odd:
             session.send(prompt + b"\n")
             session.read_until("[INFO] SEQ LEN: ", ">>> ")
         self.assertIn("Zelda", session.ask(PROMPTS[0]))
-        session.end_input()
-        self.assert_ends(session, 0, "0")
 
 
 class WindowTest(SessionTestCase):
     def test_a_full_window_drops_the_oldest_turns_and_reports_it(self):
         """The chat goes on within the window of 1024, and recent facts are still known."""
         prompts = cycle(("My name is Zelda.", "What is a thread?", "What is my name?"))
-        session = self.chat("-t", 0, 42)
-        session.read_until(">>> ")
+        session = self.chat("-t", 0)
         turns = rollovers = 0  # turns in the window
         while rollovers < 3:
             prompt = next(prompts)
@@ -325,8 +288,6 @@ class WindowTest(SessionTestCase):
             lengths = [length for _, length in replies(session.text)]
             self.assertLessEqual(max(lengths), 1024)
             self.assertLess(len(lengths), 200, "the window never gets full")
-        session.end_input()
-        self.assert_ends(session, 0, "0")
 
 
 class ByHandTest(SessionTestCase):
@@ -345,14 +306,6 @@ class ByHandTest(SessionTestCase):
                     self.assertEqual(shell.finish(), 0)
                     self.assertTrue(shell.text.startswith(GREETING + "\n[INFO]"), shell.text)
                     self.assertTrue(shell.text.endswith("tok/s\nengine: 0\n"), shell.text)
-
-    def test_what_follows_two_dashes_is_a_prompt(self):
-        """Also if it begins with a dash; one that is too long is rejected, the next is answered."""
-        session = self.run_to_end(INFERENCE, "-d", TINY, 42, "--", "-m", "a" * (LONGEST + 1),
-                                  "Hello!")
-        self.assertEqual(len(replies(session.text)), 2, session.errors)
-        self.assertIn(str(LONGEST), session.text)
-        self.assertEqual((session.status, session.errors), (0, ""))
 
     def test_an_engine_in_a_terminal_prints_prompt_marks(self):
         """Started by hand in a terminal it shows a mark, answers, and ends at Ctrl-D."""

@@ -51,15 +51,10 @@ def threads_of(pid):
     return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
 
 
-def works(action):
-    """Whether this python statement on os works, in a process of its own."""
+def is_allowed(action="os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))"):
+    """Whether this python statement, by default a real-time policy, works in a new process."""
     return subprocess.run([sys.executable, "-c", f"import os; {action}"], timeout=PATIENCE,
                           stderr=subprocess.DEVNULL).returncode == 0
-
-
-def real_time_works():
-    """Whether the kernel lets us have a real-time policy."""
-    return works("os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))")
 
 
 def wait_until(condition, what):
@@ -75,11 +70,12 @@ def wait_until(condition, what):
 
 
 class Process:
-    """What /proc/<path>/stat holds, where path is a pid, or "pid/task/tid" for one of its threads."""
+    """What /proc/<path>/stat holds; path is a pid, or "pid/task/tid" for one of its threads."""
 
     def __init__(self, path):
         stat = Path(f"/proc/{path}/stat").read_text(errors="replace")
-        self.pid, self.name = int(stat[:stat.index(" ")]), stat[stat.index("(") + 1:stat.rindex(")")]
+        self.pid = int(stat[:stat.index(" ")])
+        self.name = stat[stat.index("(") + 1:stat.rindex(")")]
         fields = stat[stat.rindex(")") + 2:].split()
         self.state, self.parent, self.session = fields[0], int(fields[1]), int(fields[3])
         self.user, self.system = (int(ticks) / os.sysconf("SC_CLK_TCK") for ticks in fields[11:13])
@@ -101,10 +97,8 @@ def end_with(parent):
 
 
 class Session:
-    """A program on pipes or in a pseudo-terminal of its own, with its stderr in a file. It ends with
-    the tests.
-
-    `output` holds all bytes that came so far. `read_until` goes through them from mark to mark.
+    """A program on pipes or in a pseudo-terminal of its own, with its stderr in a file. It ends
+    with the tests. `output` holds all bytes that came so far.
     """
 
     def __init__(self, *command, terminal=False, errors_to_terminal=False, prepare=None,
@@ -226,10 +220,10 @@ class Session:
     def signal(self, number):
         os.kill(self.pid, number)
 
-    def untaken_input(self):
-        """The number of bytes in the pipe to its stdin."""
+    def untaken_input(self, fd=None):
+        """The number of bytes in the pipe to its stdin, or in another file."""
         waiting = array.array("i", [0])
-        fcntl.ioctl(self.input, termios.FIONREAD, waiting)
+        fcntl.ioctl(fd or self.input, termios.FIONREAD, waiting)
         return waiting[0]
 
     # its processes and its end
@@ -250,13 +244,13 @@ class Session:
         while self.reply is not None and self._receive(deadline):
             pass
         try:
-            status = self.process.wait(max(0, deadline - time.monotonic()))
+            self.status = self.process.wait(max(0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self.fail("did not end")
         left = self.family()
         if left:
             self.fail(f"left process {left[0].pid} in state {left[0].state} behind")
-        return status
+        return self.status
 
     def wait_for_orphans(self):
         """Wait until it and all that it left behind has died by itself."""
@@ -320,6 +314,7 @@ def report():
 
 
 def next_prompt():
+    report()
     signal.sigwait([signal.SIGUSR1])
     prompt = sys.stdin.buffer.readline()
     if not prompt:
@@ -343,16 +338,18 @@ class SessionTestCase(unittest.TestCase):
         self.addCleanup(session.close)
         return session
 
-    def chat(self, *options, **keywords):
-        """main with the tiny model."""
-        return self.start(MAIN, "-d", TINY, *options, **keywords)
+    def chat(self, *options, folder=TINY, **keywords):
+        """main at its first prompt mark, by default with the tiny model and the seed 42."""
+        session = self.start(MAIN, "-d", folder, *options, **keywords)
+        session.read_until(">>> ")
+        return session
 
     def run_to_end(self, *command, typed="", **options):
         """The session, with its exit status, after all of its input was sent at once."""
         session = self.start(*command, **options)
         session.send(typed)
         session.end_input()
-        session.status = session.finish()
+        session.finish()
         return session
 
     def full_pipe(self):
@@ -390,17 +387,19 @@ class SessionTestCase(unittest.TestCase):
         return session
 
     def assert_error_line(self, session, status, *words):
-        """The session has ended with this exit status and printed one line of errors, which
-        contains these words.
+        """The session has ended with this exit status and printed one line of errors, apart from
+        the log, which contains these words.
         """
         self.assertEqual(session.status, status, session.text + session.errors)
-        self.assertRegex(session.errors, r"\A[^\n]+\n\Z")
+        errors = re.sub(r"(?m)^\[pid\].*\n", "", session.errors)
+        self.assertRegex(errors, r"\A[^\n]+\n\Z")
         for word in words:
-            self.assertIn(word, session.errors)
+            self.assertIn(word, errors)
 
     def assert_ends(self, session, status, ending):
         """It ends with this exit status, its last line "Child exited with <ending>"."""
-        self.assertEqual(session.finish(), status, session.text + session.errors)
+        session.finish()
+        self.assertEqual(session.status, status, session.text + session.errors)
         last_line = session.text[session.text.rfind("\n", 0, -1) + 1:]
         self.assertEqual(last_line, f"Child exited with {ending}\n", session.text)
         self.assertEqual(session.text.count("Child exited"), 1)
