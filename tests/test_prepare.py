@@ -147,16 +147,15 @@ class PrepareTest(MakeTestCase):
 
     def test_what_is_not_a_model(self):
         """The engine reports what is wrong with a page of HTML, half a file, another tokenizer."""
+        good = self.server.files
         for path, content, words in (
                 ("/new/model.bin", b"<html>Sorry!</html>", "new.part/model.bin: it ends too early"),
-                ("/new/model.bin", MODEL[:len(MODEL) // 2], "its header announces"),
+                ("/new/model.bin", MODEL[:len(MODEL) // 2], "bytes, but its header"),
                 ("/new/tokenizer.bin", TOKENIZER[:5000], "new.part/tokenizer.bin: "),
                 ("/new/tokenizer.bin", b"<html>" * 9999, "new.part/tokenizer.bin: ")):
             with self.subTest(path, content=content[:10]):
-                good = dict(self.server.files)
-                self.server.files[path] = content
+                self.server.files = {**good, path: content}
                 self.assert_not_prepared(words, "stay as they were")
-                self.server.files = good
 
     def test_without_a_server(self):
         """The failure names the file and says what to do."""
