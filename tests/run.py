@@ -15,6 +15,7 @@ TESTS = Path(__file__).resolve().parent
 sys.path += [str(TESTS / "helpers"), str(TESTS / "experiments")]
 import probes  # noqa: E402
 
+MANY = 50         # tests, which need all of the test programs: these are built side by side
 TEST_LIMIT = 300  # seconds; to compile with sanitizers takes longest
 
 
@@ -48,10 +49,10 @@ def main():
     signal.signal(signal.SIGALRM, out_of_time)
     loader = unittest.TestLoader()
     loader.testNamePatterns = [f"*{word}*" for word in sys.argv[1:]] or None
-    if not loader.testNamePatterns:
+    tests = loader.discover(str(TESTS))
+    if tests.countTestCases() > MANY:
         probes.build_all()
-    result = unittest.TextTestRunner(sys.stdout, False, 2, resultclass=Result).run(
-        loader.discover(str(TESTS)))
+    result = unittest.TextTestRunner(sys.stdout, False, 2, resultclass=Result).run(tests)
     failed = names(result.failures + result.errors)
     skipped = names(result.skipped) - failed
     passed = result.testsRun - len(failed | skipped)
