@@ -1446,7 +1446,7 @@ static void make_room(Session *s, int needed) {
 #define MAX_NGRAM 8
 
 // Writes a draft of `length` tokens after the conversation: what followed the latest of the longest
-// earlier occurrences of its last tokens. Returns false if there is none.
+// earlier occurrences of its last tokens. Returns false if it finds no occurrence.
 static bool propose_draft(Session *s, int length) {
     int *ids = s->ids, n = s->length, longest = MIN_NGRAM - 1, from = 0;
     for (int i = n - 1; i > longest && longest < MAX_NGRAM; i--) {

@@ -1,5 +1,6 @@
 // bench.c - what bench.py measures inside of an engine: the read bandwidth of the machine and the
-// speed of decoding and of prompts, in turn, so that other load on the machine affects all of them.
+// speed of decoding and of prompts, alternately, so that other load on the machine affects all of
+// them.
 //
 //     bench MODEL RUNS           prints a line of figures per run, see main()
 //     bench --drafts DIR RUNS    a conversation without and with drafts, see bench_drafts()
@@ -107,7 +108,7 @@ static double cpu_seconds(struct timeval time) {
     return (double)time.tv_sec + 1e-6 * (double)time.tv_usec;
 }
 
-// The ways to read a block of memory: with so many streams, and prefetching so far ahead.
+// The ways to read a block of memory: the number of streams, and how far ahead it is prefetched.
 static const struct {
     int streams;
     size_t ahead;
@@ -124,7 +125,7 @@ typedef struct {
     double user, system; // CPU seconds of all the tokens
 } Decoding;
 
-// Decodes near a position and reads a block of memory in turn: what the machine can give varies
+// Decodes near a position and reads a block of memory alternately: the machine's speed varies
 // from one tenth of a second to the next, and both should see the same of it.
 static Decoding measure_decoding(Transformer *t, Sampler *sampler, int pos, const char *block,
                                  int readers) {

@@ -31,7 +31,7 @@ static int take(Input *in) {
     return *in->bytes++;
 }
 
-// Takes up to so many bytes as memory of its own, so that no byte too many can be read unseen.
+// Takes up to *size bytes as memory of its own, so that a sanitizer finds each read after its end.
 static uint8_t *take_bytes(Input *in, size_t *size) {
     if (*size > in->size) *size = in->size;
     uint8_t *copy = malloc(*size ? *size : 1);
@@ -173,7 +173,7 @@ static void fuzz_encode(Input *in) {
     free(text);
 }
 
-// Writes the next piece of a text into a pipe, and closes the pipe behind the last.
+// Writes the next piece of a text into a pipe, and closes the pipe after the last.
 static void send_piece(int fd, const char *text, size_t length, size_t *sent, int pace) {
     size_t piece = min_size(length - *sent, 1 + 16 * (size_t)pace + length / 256);
     if (*sent > length) return; // closed before
@@ -224,8 +224,8 @@ static void fuzz_lines(Input *in) {
     free(reader), free(line);
 }
 
-// Returns the length of the character at the start of the bytes; 0 if there is none. By way of the
-// code point, which is encoded again.
+// Returns the length of the character at the start of the bytes; 0 if they are not a character. It
+// decodes the code point and encodes it again.
 static size_t character_length(const uint8_t *s, size_t size, uint32_t *code) {
     for (size_t length = 1; length <= 4 && length <= size; length++) {
         static const uint8_t lead[] = {0, 0xC0, 0xE0, 0xF0};

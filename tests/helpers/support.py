@@ -41,7 +41,7 @@ INFO_LINE = re.compile(r"\[INFO\] SEQ LEN: (\d+), Speed: (\d+\.\d{4}) tok/s\n")
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-# What a program leaves behind becomes a child of the tests instead of vanishing into init.
+# Processes that a program leaves running become children of the tests, not of init.
 LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 signal.signal(signal.SIGUSR2, lambda *_: None)  # an orphan's signal must not kill the tests
 
