@@ -107,9 +107,10 @@ class EndTest(PhaseTestCase):
     def test_nothing_is_left_without_main_or_its_terminal(self):
         """main, killed, takes the engine along; closing the window ends both."""
         for phase in self.phases:
-            for end in (lambda session: session.signal(signal.SIGKILL), Session.hang_up):
-                with self.subTest(phase.__name__):
-                    session = phase(terminal=True)
+            for terminal, end in ((False, lambda session: session.signal(signal.SIGKILL)),
+                                  (True, Session.hang_up)):
+                with self.subTest(phase.__name__, terminal=terminal):
+                    session = phase(terminal=terminal)
                     end(session)
                     session.wait_for_orphans()
 

@@ -66,8 +66,8 @@ class ScreenTest(SessionTestCase):
 
     def test_the_mark_comes_again_after_fg(self):
         """The shell has printed something: SIGCONT repeats it at the prompt, not in a reply."""
-        session = self.start_fake("next_prompt()\nput('Well, ')\nwait_for('done')\nnext_prompt()\n",
-                                  terminal=True)
+        session = self.start_fake("next_prompt()\nput('Well, ')\nwait_for('done')\n"
+                                  "put('done.\\n')\nnext_prompt()\n", terminal=True)
         session.read_until(">>> ")
         session.signal(signal.SIGSTOP)
         session.signal(signal.SIGCONT)
@@ -75,8 +75,9 @@ class ScreenTest(SessionTestCase):
         session.send("Hello!\n")
         session.read_until("Well, ")
         session.signal(signal.SIGCONT)
+        session.wait_for_log_lines(1)  # so that main has taken the signal
         session.release("done")
-        self.assertEqual(session.read_until(">>> "), ">>> ")
+        self.assertEqual(session.read_until(">>> "), "done.\n>>> ")
 
     def test_a_log_among_the_replies_has_lines_of_its_own(self):
         """In the same terminal, pipe (2>&1 | tee both) or file; the terminal gets a hint."""
