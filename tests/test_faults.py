@@ -108,10 +108,10 @@ class FailureTest(SessionTestCase):
 
     def test_a_log_that_cannot_be_written_is_reported_once(self):
         """On the terminal of stdout, on a line of its own; the chat goes on."""
-        session = self.chat(terminal=True,
-                            prepare=lambda: os.dup2(os.open("/dev/full", os.O_WRONLY), 2))
-        for _ in range(2):
-            session.ask("Hello!")
+        session = self.start_fake("next_prompt()\nput('Well, ')\ntime.sleep(0.7)\nnext_prompt()\n",
+                                  terminal=True,
+                                  prepare=lambda: os.dup2(os.open("/dev/full", os.O_WRONLY), 2))
+        session.send("Hello!\n")
         session.end_input()
         self.assert_ends(session, 0, "0")
         self.assertEqual(session.text.count("\nThe log is not complete: stderr: No space left"), 1)
