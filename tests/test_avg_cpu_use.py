@@ -227,7 +227,7 @@ class PlotTest(LogReaderTestCase):
                              "samples: %d, prompts: %d, migrations seen: %d" % counts)
 
     def test_a_long_log_fits(self):
-        """More samples than columns: a bar is the average of several; more prompts, likewise."""
+        """More samples than columns: a bar is the average of several; so with more prompts."""
         for content in (steady([100, 0] * 500), line("50.00") * 1000):
             _, bars, cpus, _ = self.plot_of(content)
             self.assertLessEqual(max(map(len, bars)), 94)

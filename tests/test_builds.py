@@ -98,13 +98,15 @@ class BuildTest(SessionTestCase):
         -ffast-math, it does not flush subnormals to zero.
         """
         probe, objdump = self.folder() / "probe", re.sub("(gcc|clang)$", "objdump", compiler[0])
-        self.assertEqual(self.output_of(*compiler, "-Wall", "-Wextra", *options, *PARALLEL, "-c", "-o",
-                                        f"{probe}.o", TESTS / "helpers" / "probe.c"), "")
+        warnings = self.output_of(*compiler, "-Wall", "-Wextra", *options, *PARALLEL, "-c", "-o",
+                                  f"{probe}.o", TESTS / "helpers" / "probe.c")
+        self.assertEqual(warnings, "")
         code = self.output_of(objdump, "-d", "--no-show-raw-insn", f"{probe}.o")
         self.assertIsNone(FUSED.search(code))
         if emulator and not shutil.which(emulator[0]):
             return
-        self.output_of(*compiler, *options, "-ffast-math", "-o", probe, f"{probe}.o", "-lm", "-lpthread")
+        self.output_of(*compiler, *options, "-ffast-math", "-o", probe, f"{probe}.o", "-lm",
+                       "-lpthread")
         self.output_of(*emulator, probe, "exp", 1000003)
         for model, tokens, hashes in cases:
             output = self.output_of(*emulator, probe, "golden", model, 1, 0, 0, 0, 5, *tokens)

@@ -24,7 +24,7 @@ def file_limit(size):
 
 class FailureTest(SessionTestCase):
     def test_what_should_never_fail_ends_the_chat(self):
-        """die() names the call, prints no figure from it, and leaves no engine behind."""
+        """die() names the call, prints no figure from it, and the engine ends with main."""
         strace = ("strace", "-DDD", "-o", "/dev/null")
         if not shutil.which("strace") or subprocess.run([*strace, "true"]).returncode != 0:
             self.skipTest("needs strace")

@@ -56,7 +56,7 @@ class HostileFileTest(BadFileTestCase):
         self.paths = []
 
     def add(self, content, size):
-        """One more file of this size, zeros behind its content; they take no room on the disk."""
+        """One more file of this size: zeros follow its content and take no room on the disk."""
         path = self.hostile / f"{len(self.paths)}.bin"
         with open(path, "wb") as file:
             file.write(content)

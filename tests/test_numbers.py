@@ -22,7 +22,7 @@ PROMPTS = "My name is Zelda.\nTell me a story about a fox.\nWhat is my name?\n"
 
 class GoldenTestCase(unittest.TestCase):
     def assert_golden(self, case, batch, sampled=True, **options):
-        """In passes of so many tokens, the probe computes the case's golden logits and samples."""
+        """In passes of `batch` tokens, the probe computes the case's golden logits and samples."""
         samples, count = case["samples"] if sampled else [], len(case["tokens"])
         lines = probe_lines("golden", model_file(case["make_model"]), case["seed"],
                             case["temperature"], case["top_p"], len(samples), batch,

@@ -182,7 +182,7 @@ class RefusalTest(PolicyTestCase):
         self.assert_refused(options, "SCHED_DEADLINE", "to all threads")
 
     def test_a_refusal_ends_the_chat_also_if_it_cannot_be_printed(self):
-        """A full pipe behind stderr or stdout: the line is lost."""
+        """stderr or stdout is a full pipe: the line is lost."""
         full = self.full_pipe()
         chats = [self.start(MAIN, "-d", TINY, "-s", "FIFO",
                             prepare=lambda fd=fd: (drop_privilege(), os.dup2(full, fd)))

@@ -222,7 +222,7 @@ class OtherTargetsTest(MakeTestCase):
     def assert_removes(self, target, gone):
         self.write(*SOURCES, *MADE, "model.bin", "tokenizer.bin", "new.part/model.bin")
         everything = self.names()
-        for _ in range(2):  # the second time there is nothing to remove, which is no error
+        for _ in range(2):  # the second time removing nothing is not an error either
             self.assertEqual(self.make(target), (0, ""))
             self.assertEqual(self.names(), everything - gone)
 

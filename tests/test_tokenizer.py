@@ -40,7 +40,7 @@ def class_of(code):
 
 
 def encode(path, count, texts):
-    """The ids of each of the texts, given as bytes, with a tokenizer of so many tokens."""
+    """The ids of each of the texts, given as bytes, with a tokenizer of `count` tokens."""
     stream = b"".join(struct.pack("<i", len(text)) + text for text in texts)
     lines = probe_lines("encode", path, count, input=stream)
     return [[int(token) for token in line.split()] for line in lines]

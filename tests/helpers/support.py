@@ -151,7 +151,7 @@ class Session:
 
     @property
     def log_lines(self):
-        """The log so far, a match per line; a line that is none fails the test."""
+        """The log so far, a match per line; any other line fails the test."""
         complete = self.errors[:self.errors.rfind("\n") + 1]
         matches = [(line, LOG_LINE.fullmatch(line)) for line in complete.splitlines()]
         bad = [line for line, match in matches if not match]
@@ -176,7 +176,7 @@ class Session:
         return self._receive(time.monotonic() + PATIENCE)
 
     def wait_for_log_lines(self, more):
-        """Wait until the log has grown by so many lines."""
+        """Wait until the log has `more` more lines."""
         count = self.errors.count("\n") + more
         wait_until(lambda: self.errors.count("\n") >= count, f"{more} more lines in the log")
 
@@ -239,7 +239,7 @@ class Session:
                                    if process.parent == self.pid], "main starts an engine")[0]
 
     def finish(self):
-        """Its exit status, once it has ended; a process that it leaves behind fails the test."""
+        """Its exit status, once it has ended; a process of its session must not outlive it."""
         deadline = time.monotonic() + PATIENCE
         while self.reply is not None and self._receive(deadline):
             pass
@@ -249,11 +249,11 @@ class Session:
             self.fail("did not end")
         left = self.family()
         if left:
-            self.fail(f"left process {left[0].pid} in state {left[0].state} behind")
+            self.fail(f"ended before its process {left[0].pid} in state {left[0].state}")
         return self.status
 
     def wait_for_orphans(self):
-        """Wait until it and all that it left behind has died by itself."""
+        """Wait until it and all processes of its session have died by themselves."""
         self.process.wait(PATIENCE)
 
         def all_gone():
