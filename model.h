@@ -209,17 +209,17 @@ typedef struct {
     void (*weighted_sum)(float *out, const float *att, const float *values, size_t kv_len,
                          QueryHeads shared);
 
-    // Softmax of n >= 1 numbers in place: x - maximum, exp, the sum in index order, each divided by
-    // the sum.
-    void (*softmax)(float *x, size_t n);
+    // Softmax in place of each row, n >= 1 numbers from x[row * stride] on: x - maximum, exp, the
+    // sum in index order, each divided by the sum.
+    void (*softmax)(float *x, size_t n, size_t rows, size_t stride);
 
     // out[i] = silu(gate[i]) * up[i] for n values, a multiple of PANEL_ROWS;
     // silu(h) = h * (1 / (1 + exp(-h)))
     void (*swiglu)(float *out, const float *gate, const float *up, size_t n);
 
     // x[i] = e to the power of x[i] - shift, by the definition of section 9, not by libm's expf.
-    // Returns the sum in index order. A part of softmax; in the table for the tests.
-    float (*exp_minus)(float *x, size_t n, float shift);
+    // A part of softmax; in the table for the tests.
+    void (*exp_minus)(float *x, size_t n, float shift);
 } Kernels;
 
 // 2^(i/32) for exp_minus(); see section 8.
@@ -885,7 +885,7 @@ static void multi_head_attn(const void *args, Range queries) {
         for (size_t t = 0; t < kv_len; t += CHUNK)
             kernels->score(att + t, q, kv_block(s, c, b->layer, kv_head, t),
                            min_size(kv_len - t, CHUNK), shared);
-        for (size_t i = 0; i < count; i++) kernels->softmax(att + i * stride, kv_len);
+        kernels->softmax(att, kv_len, count, stride);
         memset(out, 0, count * head_size * sizeof(float));
         for (size_t t = 0; t < kv_len; t += CHUNK)
             kernels->weighted_sum(out, att + t, kv_block(s, c, b->layer, n_kv_heads + kv_head, t),
@@ -1320,7 +1320,7 @@ static int sample(Sampler *s, float *logits) {
             "The model computed logits that are not finite numbers; its file must be damaged.");
     if (s->temperature == 0) return argmax(logits, n);
     for (int i = 0; i < n; i++) logits[i] = logits[i] / s->temperature;
-    s->kernels->softmax(logits, (size_t)n);
+    s->kernels->softmax(logits, (size_t)n, 1, 0);
     return sample_top_p(s, logits, random_f32(&s->rng_state));
 }
 
@@ -1687,13 +1687,7 @@ typedef VECTOR(uint64_t, 4 * LANES) longs;
 INLINE singles NAME(exp_singles)(singles x) {
     const double C0 = 0x1.c6af84b912394p-5 / 32768, C1 = 0x1.ebfce50fac4f3p-3 / 1024;
     const double C2 = 0x1.62e42ff0c52d6p-1 / 32, shift = 0x1.8p52; // adding it rounds to an integer
-    // Beyond these limits e^x as a float is infinite or 0 in any case. A NaN stays one.
-    const doubles most = (doubles){0} + 89, least = (doubles){0} - 110;
-    doubles wide = __builtin_convertvector(x, doubles);
-    wide = SELECT(wide > most, most, wide);
-    wide = SELECT(wide < least, least, wide);
-
-    doubles z = wide * 0x1.71547652b82fep+5;
+    doubles z = __builtin_convertvector(x, doubles) * 0x1.71547652b82fep+5;
     doubles k = z + shift;
     doubles r = z - (k - shift);
     longs bits = (longs)k, table;
@@ -1704,23 +1698,20 @@ INLINE singles NAME(exp_singles)(singles x) {
 #endif
     doubles s = (doubles)(table + (bits << 47));
     doubles y = ((C0 * r + C1) * (r * r) + (C2 * r + 1)) * s;
-    return __builtin_convertvector(y, singles);
+    singles result = __builtin_convertvector(y, singles);
+    // Beyond these limits the exponent of s overflows, and e^x as a float is infinite or 0.
+    result = SELECT(x > 89, (singles){0} + INFINITY, result);
+    return SELECT(x < -110, (singles){0}, result);
 }
 
-// The sum in index order is a chain of additions; meanwhile the next exponentials are computed.
-TARGET static float NAME(exp_minus)(float *x, size_t n, float shift) {
-    float sum = 0;
+TARGET static void NAME(exp_minus)(float *x, size_t n, float shift) {
     size_t i = 0;
-    for (; i + LANES / 2 <= n; i += LANES / 2) {
+    for (; i + LANES / 2 <= n; i += LANES / 2)
         STORE(singles, x + i, NAME(exp_singles)(LOAD(singles, x + i) - shift));
-        for (size_t lane = 0; lane < LANES / 2; lane++) sum = sum + x[i + lane];
-    }
     singles rest = {0};
     memcpy(&rest, x + i, (n - i) * sizeof(float));
     rest = NAME(exp_singles)(rest - shift);
     memcpy(x + i, &rest, (n - i) * sizeof(float));
-    for (; i < n; i++) sum = sum + x[i];
-    return sum;
 }
 
 INLINE float NAME(maximum)(const float *x, size_t n) {
@@ -1737,9 +1728,20 @@ INLINE float NAME(maximum)(const float *x, size_t n) {
     return greatest;
 }
 
-TARGET static void NAME(softmax)(float *x, size_t n) {
-    const float sum = NAME(exp_minus)(x, n, NAME(maximum)(x, n));
-    for (size_t i = 0; i < n; i++) x[i] = x[i] / sum;
+// In a sum in index order each addition waits for the one before, so some rows are summed side by
+// side.
+TARGET static void NAME(softmax)(float *x, size_t n, size_t rows, size_t stride) {
+    enum { TOGETHER = 4 };
+    for (size_t first = 0; first < rows; first += TOGETHER, x += TOGETHER * stride) {
+        const size_t count = min_size(rows - first, TOGETHER);
+        float *row[TOGETHER], sum[TOGETHER] = {0};
+        for (size_t r = 0; r < TOGETHER; r++) row[r] = x + (r < count ? r : 0) * stride;
+        for (size_t r = 0; r < count; r++) NAME(exp_minus)(row[r], n, NAME(maximum)(row[r], n));
+        for (size_t i = 0; i < n; i++)
+            for (size_t r = 0; r < TOGETHER; r++) sum[r] = sum[r] + row[r][i];
+        for (size_t r = 0; r < count; r++)
+            for (size_t i = 0; i < n; i++) row[r][i] = row[r][i] / sum[r];
+    }
 }
 
 TARGET static void NAME(swiglu)(float *out, const float *gate, const float *up, size_t n) {

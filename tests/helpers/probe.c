@@ -200,7 +200,7 @@ static void check_attention(const Kernels *kernels, int heads, int size, int tim
     memset(out, 0, sizeof(out));
     kernels->score(att, q, keys, piece, shared);
     kernels->score(att + piece, q, keys + piece * size, rest, shared);
-    for (int head = 0; head < heads; head++) kernels->softmax(att + head * stride, times);
+    kernels->softmax(att, times, heads, stride);
     kernels->weighted_sum(out, att, values, piece, shared);
     kernels->weighted_sum(out, att + piece, values + piece * size, rest, shared);
     for (int head = 0; head < heads; head++) {
