@@ -233,7 +233,8 @@ static const uint64_t exp_table[32];
 //   DOT4(sum, w, x)    to each lane of sum, adds the products of 4 bytes of w and of x; the
 //                      portable table does without
 //   UNSIGNED_WEIGHTS   1 if DOT4 takes the bytes of w as unsigned
-//   TIMES(v, x)        v * *x for a vector v, if the processor can take *x from memory for all lanes
+//   TIMES(v, x)        v * *x for a vector v, if the processor can take one float from memory for
+//                      all lanes
 //   EXP_TABLE(i)       exp_table[i % 32] for the 64-bit numbers of a register, if the processor has
 //                      something faster than to load them one by one
 // or, with AMX, by ISA, LANES, TARGET and
@@ -270,7 +271,7 @@ TARGET static inline __m512i look_up_exp_avx512(__m512i i) {
         _mm512_permutex2var_epi64(_mm512_loadu_si512(t + 2), i, _mm512_loadu_si512(t + 3));
     return _mm512_mask_blend_epi64(_mm512_test_epi64_mask(i, _mm512_set1_epi64(16)), low, high);
 }
-// Compilers load a factor into a register once for several vectors, which takes time of the units that
+// A compiler loads a factor of several vectors into a register, which takes time of the units that
 // multiply and add (Zen 4); as an operand in memory it takes none.
 TARGET static inline __m512 times_avx512(__m512 v, const float *x) {
     __m512 product;
