@@ -47,12 +47,14 @@ chat: all
 	{ true >log; } 2>/dev/null && log=log || log=$$(mktemp); \
 	echo "Ctrl-D ends the chat. The log is $$log."; ./main -d $$dir 42 2>$$log
 
-test: all
+test:
+	$(MAKE) -j2 all
 	python3 tests/run.py
 
 # e^x of all 2^32 floats against its definition, and how many of them libm rounds otherwise
 test_exp:
-	mkdir -p tests/build && $(CC) -O3 $(CFLAGS) -o tests/build/probe_exp tests/helpers/probe.c -lm
+	mkdir -p tests/build && $(CC) -O3 $(CFLAGS) -o tests/build/probe_exp \
+		tests/helpers/probe.c -lm -lpthread
 	tests/build/probe_exp exp 1
 
 bench: all

@@ -149,8 +149,7 @@ class TextTest(SessionTestCase):
 class ThreadsTest(GoldenTestCase):
     def assert_golden_with(self, threads, case, batch):
         with self.subTest(threads=threads):
-            self.assert_golden(case, batch, engine="parallel",
-                               environment={"THREADS": str(threads)})
+            self.assert_golden(case, batch, environment={"THREADS": str(threads)})
 
     def test_small_golden_cases(self):
         """Any number of threads has their bits, more threads than CPUs too."""
@@ -164,7 +163,7 @@ class ThreadsTest(GoldenTestCase):
         for threads in (2, 3):
             for length, model in WINDOWS.items():
                 with self.subTest(threads=threads, length=length):
-                    line, = probe_lines("window", model_file(model), engine="parallel",
+                    line, = probe_lines("window", model_file(model),
                                         environment={"THREADS": str(threads)})
                     self.assertRegex(line, f": a window of {length} tokens agrees with the oracle$")
 

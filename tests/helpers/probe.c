@@ -1,13 +1,10 @@
 // probe.c - an engine for the tests: prints what they compare with the golden data, and checks
 // every fast path against the plain recipe of oracle.h. The table at the end has its commands.
 //
-// With -DENGINE='"../../parallel.c"' it uses that engine, with the number of threads in the
-// environment variable THREADS.
+// The engine is parallel.c's, with the number of threads in the environment variable THREADS, or 1:
+// then it works like inference.c's, without another thread.
 #define main engine_main
-#ifndef ENGINE
-#define ENGINE "../../inference.c"
-#endif
-#include ENGINE
+#include "../../parallel.c"
 #undef main
 #include "counting.h"
 #include "oracle.h"
@@ -254,7 +251,7 @@ static void check_swiglu(const Kernels *kernels) {
     expect_same("swiglu", out, expected, sizeof(expected));
 }
 
-#if !defined(PARALLEL) // once is enough: these tables take long to compile
+#if !defined(NO_EMULATED_TABLES) // they take long to compile
 #if defined(__x86_64__)
 // The body of the AVX-VNNI table with its instruction in plain C, for machines with AVX2
 __attribute__((target("avx2"))) static inline __m256i emulated_dpbusd(__m256i sum, __m256i w,
@@ -366,7 +363,7 @@ static void check_chosen_kernels(char **arguments) {
 // With the instructions of AMX and of AVX-VNNI in plain C
 static void check_emulated_kernels(char **arguments) {
     (void)arguments;
-#if !defined(PARALLEL)
+#if !defined(NO_EMULATED_TABLES)
     check_kernels(&kernels_tiles);
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -587,14 +584,10 @@ int main(int argc, char **argv) {
             printf("probe %s %s\n", commands[i].name, commands[i].arguments);
         return 2;
     }
-#ifdef PARALLEL
     const char *text = getenv("THREADS");
     int threads = text ? atoi(text) : 1;
     if (start_threads(threads, threads) < 0) exit(1); // all work, however many CPUs there are
-#endif
     commands[i].run(argv + 2);
-#ifdef PARALLEL
     close_thr_pool();
-#endif
     return 0;
 }

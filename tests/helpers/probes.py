@@ -1,4 +1,4 @@
-"""Builds probe.c with one of the engines and fuzz.c, and runs the probe's commands."""
+"""Builds probe.c and fuzz.c, and runs the probe's commands."""
 import os
 import shlex
 import subprocess
@@ -9,13 +9,11 @@ from artifacts import EMULATOR, compiled_program
 from support import AT_ONCE, INFERENCE, SessionTestCase
 
 PROBE_LIMIT = 90  # seconds; a golden run of the full size under a sanitizer is the longest
-PARALLEL = ("-DENGINE=\"../../parallel.c\"", "-DPARALLEL")
 FLAGS = ("-O2", *shlex.split(os.environ.get("PROBE_CFLAGS", "")))  # those of a sanitizer
 
 
-def probe_program(engine):
-    """The path of the probe over this engine."""
-    return compiled_program("helpers/probe.c", *FLAGS, *(PARALLEL if engine == "parallel" else ()))
+def probe_program():
+    return compiled_program("helpers/probe.c", *FLAGS)
 
 
 def fuzz_program():
@@ -25,15 +23,14 @@ def fuzz_program():
 def build_all():
     """Builds them side by side. If one fails, the tests that need it report that."""
     with ThreadPoolExecutor() as pool:
-        for build in (lambda: probe_program("inference"), lambda: probe_program("parallel"),
-                      fuzz_program):
+        for build in (probe_program, fuzz_program):
             pool.submit(build)
 
 
-def probe(*arguments, engine="inference", input=None, environment=None):
+def probe(*arguments, input=None, environment=None):
     """A command of the probe, run to its end."""
     return subprocess.run(
-        [*EMULATOR, probe_program(engine), *map(str, arguments)], input=input or b"",
+        [*EMULATOR, probe_program(), *map(str, arguments)], input=input or b"",
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PROBE_LIMIT,
         env={**os.environ, **(environment or {})})
 
