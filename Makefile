@@ -53,9 +53,8 @@ test:
 
 # e^x of all 2^32 floats against its definition, and how many of them libm rounds otherwise
 test_exp:
-	mkdir -p tests/build && $(CC) -O3 $(CFLAGS) -o tests/build/probe_exp \
-		tests/helpers/probe.c -lm -lpthread
-	tests/build/probe_exp exp 1
+	mkdir -p tests/build && $(CC) -O3 $(CFLAGS) -o tests/build/exp tests/helpers/probe.c -lm -lpthread
+	tests/build/exp exp 1
 
 bench: all
 	python3 tests/bench/bench.py
@@ -63,7 +62,6 @@ bench: all
 # The experiments, whose results stay in tests/results
 policies threads: all
 	python3 tests/experiments/experiments.py $@
-
 trace: all
 	python3 tests/experiments/trace.py
 
