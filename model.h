@@ -1700,7 +1700,7 @@ INLINE singles NAME(exp_singles)(singles x) {
     doubles s = (doubles)(table + (bits << 47));
     doubles y = ((C0 * r + C1) * (r * r) + (C2 * r + 1)) * s;
     singles result = __builtin_convertvector(y, singles);
-    // Beyond these limits the exponent of s overflows, and e^x as a float is infinite or 0.
+    // Beyond these limits e^x as a float is infinite or 0; far beyond them, s is wrong.
     result = SELECT(x > 89, (singles){0} + INFINITY, result);
     return SELECT(x < -110, (singles){0}, result);
 }
@@ -1729,17 +1729,19 @@ INLINE float NAME(maximum)(const float *x, size_t n) {
     return greatest;
 }
 
+// Heads that share keys and values go together, as many as have room for their sums in registers.
+#define MAX_TOGETHER 4
+
 // In a sum in index order each addition waits for the one before, so some rows are summed side by
 // side.
 TARGET static void NAME(softmax)(float *x, size_t n, size_t rows, size_t stride) {
-    enum { TOGETHER = 4 };
-    for (size_t first = 0; first < rows; first += TOGETHER, x += TOGETHER * stride) {
-        const size_t count = min_size(rows - first, TOGETHER);
-        float *row[TOGETHER], sum[TOGETHER] = {0};
-        for (size_t r = 0; r < TOGETHER; r++) row[r] = x + (r < count ? r : 0) * stride;
+    for (size_t first = 0; first < rows; first += MAX_TOGETHER, x += MAX_TOGETHER * stride) {
+        const size_t count = min_size(rows - first, MAX_TOGETHER);
+        float *row[MAX_TOGETHER], sum[MAX_TOGETHER] = {0};
+        for (size_t r = 0; r < MAX_TOGETHER; r++) row[r] = x + (r < count ? r : 0) * stride;
         for (size_t r = 0; r < count; r++) NAME(exp_minus)(row[r], n, NAME(maximum)(row[r], n));
         for (size_t i = 0; i < n; i++)
-            for (size_t r = 0; r < TOGETHER; r++) sum[r] = sum[r] + row[r][i];
+            for (size_t r = 0; r < MAX_TOGETHER; r++) sum[r] = sum[r] + row[r][i];
         for (size_t r = 0; r < count; r++)
             for (size_t i = 0; i < n; i++) row[r][i] = row[r][i] / sum[r];
     }
@@ -1780,8 +1782,6 @@ TARGET static void NAME(quantize)(QuantizedActivations *out, size_t token, const
     }
 }
 
-// Heads that share keys and values go together, as many as have room for their sums in registers.
-#define MAX_TOGETHER 4
 #if !defined(TIMES)
 #define TIMES(v, x) ((v) * *(x))
 #endif

@@ -17,8 +17,8 @@ TOP_LEVEL = {"Makefile", "README.md", "common.h", "model.h", "main.c", "inferenc
 # x86, ARM and RISC-V instructions that round once where the recipe of the numbers rounds twice
 FUSED = re.compile(r"\b(vfn?m(add|sub|a|s)\w*|fn?m(add|sub|ad|sb)(\.[sd])?|fn?ml[as]\w*|"
                    r"fcmla|fcadd)\b")
-# Options that let gcc 12 or clang fuse a multiply-add or reorder a sum if the source does not prevent
-# it. (-w: gcc reports that it ignores -fassociative-math, but does not.)
+# Options that let gcc 12 or clang fuse a multiply-add or reorder a sum if the source does not
+# prevent it. (-w: gcc reports that it ignores -fassociative-math, but does not.)
 REORDERED = ["-w", "-fassociative-math"]
 if "clang" in COMPILER[0]:
     REORDERED += ["-freciprocal-math", "-fno-signed-zeros", "-fno-trapping-math"]

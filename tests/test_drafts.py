@@ -37,8 +37,7 @@ class DraftsTest(SmallModelTestCase):
     def test_drafts_with_threads_and_all_kernels(self):
         """The same on more threads than there are CPUs, and for every kernel table."""
         for seed in (1, 2, 3):
-            probe_lines("drafts", self.random_model(200), seed,
-                        environment={"THREADS": "3"})
+            probe_lines("drafts", self.random_model(200), seed, environment={"THREADS": "3"})
             for table in kernel_tables():
                 with self.subTest(seed=seed, table=table):
                     probe_lines("drafts", self.random_model(200), seed,
