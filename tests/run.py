@@ -7,6 +7,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 import unittest
 from pathlib import Path
@@ -15,7 +16,7 @@ TESTS = Path(__file__).resolve().parent
 sys.path += [str(TESTS / "helpers"), str(TESTS / "experiments")]
 import probes  # noqa: E402
 
-MANY = 50         # tests, which need all of the test programs: these are built side by side
+MANY = 50         # tests, some of which need the probe: it is built while the first ones run
 TEST_LIMIT = 300  # seconds; to compile with sanitizers takes longest
 
 
@@ -51,7 +52,7 @@ def main():
     loader.testNamePatterns = [f"*{word}*" for word in sys.argv[1:]] or None
     tests = loader.discover(str(TESTS))
     if tests.countTestCases() > MANY:
-        probes.build_all()
+        threading.Thread(target=probes.probe_program, daemon=True).start()
     result = unittest.TextTestRunner(sys.stdout, False, 2, resultclass=Result).run(tests)
     failed = names(result.failures + result.errors)
     skipped = names(result.skipped) - failed

@@ -1,12 +1,14 @@
 // fuzz.c - arbitrary bytes for all that reads files, lines and text, and random models and chats.
 // The environment variable TARGET names one of the targets at the end of this file.
 //
-// With -DLIBFUZZER, for clang's -fsanitize=fuzzer, new inputs are searched for. Without, the
-// program runs the inputs in the files that are its arguments. Whatever is wrong ends in abort(3).
+// With -DLIBFUZZER and clang's -fsanitize=fuzzer it is a program that searches for inputs. probe.c
+// includes it to run the inputs in files. Whatever is wrong ends in abort(3).
+#ifdef LIBFUZZER
 #define main engine_main
 #include "../../inference.c"
 #undef main
 #include "../helpers/oracle.h"
+#endif
 
 #define TINY "tests/tiny" // a path from the top of the repository
 
@@ -334,7 +336,7 @@ static void fuzz_chat(Input *in) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// The program
+// What libFuzzer calls
 
 static const struct {
     const char *name;
@@ -346,7 +348,7 @@ static const struct {
 };
 static void (*run_target)(Input *in);
 
-// Called by libFuzzer before all inputs
+// Once, before the first input
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
     (void)argc, (void)argv;
     const char *name = getenv("TARGET");
@@ -371,18 +373,3 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     run_target(&(Input){data, size});
     return 0;
 }
-
-#ifndef LIBFUZZER
-int main(int argc, char **argv) {
-    LLVMFuzzerInitialize(&argc, &argv);
-    for (int i = 1; i < argc; i++) {
-        size_t size;
-        char *data = oracle_read_file(argv[i], &size);
-        require(data != NULL, argv[i]);
-        LLVMFuzzerTestOneInput((const uint8_t *)data, size);
-        free(data);
-    }
-    dprintf(STDOUT_FILENO, "%d inputs\n", argc - 1);
-    return 0;
-}
-#endif

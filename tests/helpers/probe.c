@@ -555,6 +555,21 @@ static void load_models(char **paths) {
     printf("%ld\n", usage.ru_maxrss);
 }
 
+#include "../fuzz/fuzz.c"
+
+// Runs the inputs in files for the target of fuzz.c that the environment variable TARGET names.
+static void run_inputs(char **paths) {
+    LLVMFuzzerInitialize(NULL, NULL);
+    for (int i = 0; paths[i]; i++) {
+        size_t size;
+        char *data = oracle_read_file(paths[i], &size);
+        require(data != NULL, paths[i]);
+        LLVMFuzzerTestOneInput((const uint8_t *)data, size);
+        free(data);
+    }
+    dprintf(STDOUT_FILENO, "%d inputs\n", count(paths));
+}
+
 // What a command allocates stays until the process ends.
 static const struct {
     const char *name, *arguments;
@@ -573,6 +588,7 @@ static const struct {
     {"drafts", "DIR SEED", check_drafts},
     {"long_chat", "DIR TURNS MAX_NEW_TOKENS", check_long_chat},
     {"load", "MODEL...", load_models},
+    {"fuzz", "INPUT...", run_inputs},
 };
 enum { COMMANDS = sizeof(commands) / sizeof(commands[0]) };
 

@@ -1,36 +1,27 @@
-"""Builds probe.c and fuzz.c, and runs the probe's commands."""
+"""Builds probe.c and runs its commands."""
 import os
 import shlex
 import subprocess
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
-from artifacts import EMULATOR, compiled_program
+from artifacts import EMULATOR, TOP, compiled_program
 from support import AT_ONCE, INFERENCE, SessionTestCase
 
 PROBE_LIMIT = 90  # seconds; a golden run of the full size under a sanitizer is the longest
+BUILDING = threading.Lock()
 FLAGS = ("-O2", *shlex.split(os.environ.get("PROBE_CFLAGS", "")))  # those of a sanitizer
 
 
 def probe_program():
-    return compiled_program("helpers/probe.c", *FLAGS)
-
-
-def fuzz_program():
-    return compiled_program("fuzz/fuzz.c", *FLAGS)
-
-
-def build_all():
-    """Builds them side by side. If one fails, the tests that need it report that."""
-    with ThreadPoolExecutor() as pool:
-        for build in (probe_program, fuzz_program):
-            pool.submit(build)
+    with BUILDING:  # run.py may have begun it
+        return compiled_program("helpers/probe.c", *FLAGS)
 
 
 def probe(*arguments, input=None, environment=None):
     """A command of the probe, run to its end."""
     return subprocess.run(
-        [*EMULATOR, probe_program(), *map(str, arguments)], input=input or b"",
+        [*EMULATOR, probe_program(), *map(str, arguments)], input=input or b"", cwd=TOP,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PROBE_LIMIT,
         env={**os.environ, **(environment or {})})
 
