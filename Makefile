@@ -1,7 +1,7 @@
 # make          builds everything          make chat     builds and starts a chat
 # make prepare  downloads SmolLM-135M      make test     runs the tests, offline
 #
-# The one-line builds in README.md suffice for the programs; -Wall -Wextra are for development.
+# The programs are built by the lines of README.md; -Wall -Wextra are for development.
 
 CC := $(if $(filter default,$(origin CC)),gcc,$(CC))
 CFLAGS = -Wall -Wextra
@@ -9,15 +9,15 @@ PROGRAMS = main inference parallel
 
 all: $(PROGRAMS)
 
-# CFLAGS come last, so that "make CFLAGS='-g -O0'" overrides the level of optimisation here.
+# CFLAGS come after -O, so that "make CFLAGS='-g -O0'" overrides the level of optimisation here.
 main: main.c common.h
-	$(CC) -O2 $(CFLAGS) -o $@ main.c
+	$(CC) -o $@ main.c $(CFLAGS)
 
 inference: inference.c model.h common.h
-	$(CC) -O3 $(CFLAGS) -o $@ inference.c -lm
+	$(CC) -o $@ inference.c -O3 $(CFLAGS) -lm
 
 parallel: parallel.c model.h common.h
-	$(CC) -O2 $(CFLAGS) -o $@ parallel.c -lm -lpthread
+	$(CC) -o $@ parallel.c -O2 $(CFLAGS) -lm -lpthread
 
 # The addresses of SmolLM-135M, and the seconds without data after which the next one is tried
 URL     = https://huggingface.co/huangs0/smollm/resolve/main
@@ -48,7 +48,7 @@ chat: all
 	echo "Ctrl-D ends the chat. The log is $$log."; ./main -d $$dir 42 2>$$log
 
 test:
-	$(MAKE) -j2 all
+	$(MAKE) -j2 all CFLAGS="$(CFLAGS) -Werror"
 	python3 tests/run.py
 
 # e^x of all 2^32 floats against its definition, and how many of them libm rounds otherwise

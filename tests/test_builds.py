@@ -8,10 +8,9 @@ import unittest
 from concurrent.futures import ThreadPoolExecutor
 
 from artifacts import COMPILER, EMULATOR, TESTS, TOP, model_file
-from support import PATIENCE, TINY, SessionTestCase, replies
+from support import INFERENCE, PARALLEL, PATIENCE, TINY, SessionTestCase, replies
 
-BUILDS = (("inference", "inference.c", "-O3", "-lm"), ("main", "main.c"),
-          ("parallel", "parallel.c", "-O2", "-lm", "-lpthread"))
+LINES = re.findall(r"(?m)^gcc -o .*", (TOP / "README.md").read_text())  # the one-line builds
 TOP_LEVEL = {"Makefile", "README.md", "common.h", "model.h", "main.c", "inference.c", "parallel.c",
              "avg_cpu_use.py", "tests", ".gitignore", ".clang-format", ".ci"}
 # x86, ARM and RISC-V instructions that round once where the recipe of the numbers rounds twice
@@ -45,22 +44,17 @@ class BuildTest(SessionTestCase):
         return result.stdout
 
     def test_the_one_line_builds(self):
-        """With gcc, or the compiler that the environment names, they make of a copy of the sources,
-        without a warning, programs that give the same text as all others.
+        """make runs the lines of the README, and what they build gives the same text as all others,
+        without a fused multiply-add.
         """
-        folder = self.folder()
-        for source in TOP.glob("*.[ch]"):
-            shutil.copy(source, folder)
-
-        def compile_one(build):
-            return self.output_of(*COMPILER, "-Wall", "-Wextra", "-o", *build, cwd=folder)
-        with ThreadPoolExecutor() as pool:
-            self.assertEqual("".join(pool.map(compile_one, BUILDS)), "")
-        for name, threads in (("inference", ()), ("parallel", (2,))):
-            session = self.run_to_end(folder / name, "-d", TINY, *threads, 42, *PROMPTS)
+        output = self.output_of("make", "-B", "-n", "--no-print-directory", "CC=gcc", "CFLAGS=")
+        commands = [" ".join(line.split()) for line in output.splitlines()]
+        self.assertEqual(sorted(commands), sorted(LINES))
+        for program, threads in ((INFERENCE, ()), (PARALLEL, (2,))):
+            session = self.run_to_end(program, "-d", TINY, *threads, 42, *PROMPTS)
             self.assertEqual((session.status, session.errors), (0, ""))
             self.assertEqual(replies(session.text), REPLIES)
-        self.assert_nothing_fused(folder)
+        self.assert_nothing_fused()
 
     def assembly_of(self, file):
         objdump = re.sub("(gcc|clang)$", "objdump", COMPILER[0])
@@ -68,12 +62,12 @@ class BuildTest(SessionTestCase):
             self.skipTest(f"{objdump} is not installed: fused multiply-adds were not looked for")
         return self.output_of(objdump, "-d", "--no-show-raw-insn", file)
 
-    def assert_nothing_fused(self, folder):
+    def assert_nothing_fused(self):
         """In the programs, or, as a static libm has fused multiply-adds of its own, in objects."""
-        for program, source, *options in BUILDS:
-            file = folder / program
+        for _, _, program, source, *options in map(str.split, LINES):
+            file = TOP / program
             if "-static" in COMPILER:
-                file = file.with_suffix(".o")
+                file = self.folder() / program
                 options = [option for option in options if not option.startswith("-l")]
                 self.output_of(*COMPILER, *options, "-c", "-o", file, TOP / source)
             self.assertIsNone(FUSED.search(self.assembly_of(file)), source)

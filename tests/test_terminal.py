@@ -86,12 +86,15 @@ class ScreenTest(SessionTestCase):
         def output_to_file():
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), 1)
             os.dup2(1, 2)
+        sessions = []
         for terminal, prepare in ((True, None), (False, None), (False, output_to_file)):
             session = self.start_fake("next_prompt()\nput('Well, ')\ntime.sleep(0.7)\n"
                                       "put('done.\\n')\nnext_prompt()\n", prepare=prepare,
                                       terminal=terminal, errors_to_terminal=True)
             session.send("Hello!\n")
             session.end_input()
+            sessions.append((session, terminal, prepare))
+        for session, terminal, prepare in sessions:
             self.assertEqual(session.finish(), 0)
             text = file.read_text() if prepare else session.text
             self.assertEqual(text.count("[pid]"), text.count("\n[pid]"), text)
