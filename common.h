@@ -219,7 +219,7 @@ static inline void parse_setting(Settings *settings, int option, char **argv, co
     case 'h': exit_with_usage(usage, 0);
     default:
         if (option == ':') report_error("-%c needs a value.", optopt);
-        else if (optopt) report_error("-%c is not an option.", optopt);
+        else if (optopt && optopt != 'h') report_error("-%c is not an option.", optopt);
         else report_error("%s is not an option.", argv[optind - 1]);
         exit_with_usage(usage, 2);
     }

@@ -95,6 +95,7 @@ class UsageTest(SessionTestCase):
         """A short one, a long one, and one among the prompts; so is an option without a value."""
         for arguments, message in ((("-z",), "-z is not an option."),
                                    (("--zoom", 42), "--zoom is not an option."),
+                                   (("--help=x",), "--help=x is not an option."),
                                    ((42, "Hello!", "-z"), "-z is not an option."),
                                    ((42, "-t"), "-t needs a value.")):
             for program in (MAIN, INFERENCE, PARALLEL):
