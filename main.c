@@ -92,7 +92,7 @@ static void report_policy_error(const SchedulingAttributes *attributes, int erro
         advice = "it needs a resource limit that allows it (ulimit -e, -r) or CAP_SYS_NICE: sudo "
                  "gives it unless a container or a cgroup forbids it";
     else if (error == EBUSY) advice = "the CPUs cannot guarantee that to all threads of the engine";
-    else if (error == EINVAL) advice = "it needs 1024 ns <= runtime <= deadline <= period <= 4 s";
+    else if (error == EINVAL) advice = "it needs runtime >= 1024 ns, period 100 us to 4 s";
     else if (error == ENOENT) advice = "it needs /proc to find the threads of the engine";
     report_error("Cannot set %s%s (%s): %s.", policies[attributes->policy].name, nice,
                  strerror(error), advice);
@@ -102,7 +102,7 @@ static void report_policy_error(const SchedulingAttributes *attributes, int erro
 // Options
 
 typedef struct {
-    Settings settings; // main only checks them, and passes them on as they were typed
+    Settings settings; // main checks them, and passes on all but the seed as they were typed
     SchedulingAttributes attributes;
     char *values[128];       // of the options that were given: values['j']
     char names[128][3];      // of the same options: names['t'] is "-t"
@@ -123,7 +123,7 @@ typedef struct {
     "  -j threads          1 to 64: run ./parallel instead of ./inference\n" SETTINGS_HELP         \
     " (default: 42)\n\nThe log goes to stderr: ./main 42 2>log"
 
-// Parses runtime:deadline:period. Returns false if the text is anything else.
+// Parses runtime:deadline:period. Returns false for any other text, or if their order is wrong.
 static bool parse_times(const char *text, SchedulingAttributes *attributes) {
     uint64_t *const times[] = {&attributes->runtime, &attributes->deadline, &attributes->period};
     for (int i = 0; i < 3; i++) {
@@ -146,7 +146,7 @@ static void parse_option(Options *options, int option, char **argv) {
         ['s'] = "OTHER, BATCH, IDLE, FIFO, RR or DEADLINE, with or without SCHED_",
         ['n'] = "an integer from -20 to 19",
         ['r'] = "an integer from 1 to 99",
-        ['D'] = "runtime <= deadline <= period, each in ns, us or ms: 10ms:20ms:20ms",
+        ['D'] = "runtime <= deadline <= period, in nanoseconds, or with us or ms: 10ms:20ms:20ms",
         ['j'] = "an integer from 1 to 64",
     };
     bool valid = false;
@@ -179,14 +179,14 @@ static void parse_options(Options *options, char **arguments, int argc, char **a
     int option;
     while ((option = getopt_long(argc, argv, OPTIONS, long_options, NULL)) != -1)
         parse_option(options, option, argv);
-    char taken = policies[attributes->policy].option;
+    char allowed = policies[attributes->policy].option;
     bool second_seed = optind + 1 < argc;
-    bool mismatch = (values['n'] && taken != 'n') || (values['r'] && taken != 'r') ||
-                    (values['D'] != NULL) != (taken == 'D');
+    bool mismatch = (values['n'] && allowed != 'n') || (values['r'] && allowed != 'r') ||
+                    (values['D'] != NULL) != (allowed == 'D');
     if (second_seed) report_error("%s: expected only one seed.", argv[optind + 1]);
     if (mismatch)
         report_error("Of -n, -r and -D, %s %s -%c.", policies[attributes->policy].name,
-                     taken == 'D' && !values['D'] ? "needs" : "takes only", taken);
+                     allowed == 'D' && !values['D'] ? "needs" : "takes only", allowed);
     if (second_seed || mismatch) exit_with_usage(USAGE, 2);
     if (optind < argc) options->settings.seed = parse_seed(argv[optind], USAGE);
 
@@ -194,7 +194,7 @@ static void parse_options(Options *options, char **arguments, int argc, char **a
     errno = 0;
     if (!values['n']) attributes->nice = getpriority(PRIO_PROCESS, 0);
     if (errno != 0) die("getpriority"); // -1 is a nice value as well
-    if (taken == 'r' && !values['r']) attributes->priority = 1;
+    if (allowed == 'r' && !values['r']) attributes->priority = 1;
 
     arguments[0] = values['j'] ? "parallel" : "inference";
     if (values['j']) arguments[options->argument_count++] = values['j'];
@@ -333,10 +333,11 @@ static int start_engine(Chat *chat) {
                             "on processes or open files with ulimit -u or -n.",
                             strerror(errno));
     if (chat->pid == 0) {
-        // The engine must not outlive main, even if main is killed, or was before prctl(2).
+        // The engine must not outlive main, even if main is killed, or died before prctl(2).
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         if (getppid() != own_pid) _exit(1);
-        // RETURN_FD may be signals_fd or an inherited file: the pipes have higher numbers.
+        // exec closes all pipe ends (O_CLOEXEC) but these copies: with a write end of its own stdin
+        // the engine would never see the end of file. (RETURN_FD is in use: no pipe end has it.)
         if (dup2(prompts[0], STDIN_FILENO) < 0 || dup2(returns[1], RETURN_FD) < 0) die("dup2");
         sigaction(SIGCHLD, &chat->inherited_sigchld, NULL);
         sigprocmask(SIG_SETMASK, &chat->engine_mask, NULL);
@@ -388,7 +389,7 @@ static void end_chat(Chat *chat, Reason reason) {
         signal_engine(chat, SIGCONT); // a stopped engine would not see it otherwise
     } else if (chat->reason == NO_REASON) {
         chat->phase = FLUSHING;
-        queue_text(chat, "\n"); // once, also if another reason follows
+        queue_text(chat, "\n"); // only once, even if another reason follows
     }
     chat->reason = reason;
 }
@@ -401,8 +402,8 @@ static void dismiss_engine(Chat *chat) {
     signal_engine(chat, SIGUSR1);
 }
 
-// Writes the output after poll(2) has reported room for it, in a pipe for PIPE_BUF bytes. The
-// engine prints no reply now, so write(2) does not block, although stdout is as main inherited it.
+// Writes the output after poll(2) has reported room for it, in a pipe for PIPE_BUF bytes. As the
+// engine prints no reply now, write(2) does not block, even without O_NONBLOCK.
 static void write_output(Chat *chat) {
     ssize_t count = write(STDOUT_FILENO, chat->output, chat->output_length);
     if (count >= 0) {
@@ -451,8 +452,8 @@ static void take_prompt(Chat *chat) {
     else queue_prompt_mark(chat);
 }
 
-// The engine is ready, with all its threads, so they get their policy. A refusal ends the chat only
-// if -s or -n asked for one. The prompt mark was queued before the model was loaded.
+// The engine is ready, with all its threads, so they get their policy. If the kernel refuses, the
+// chat ends, unless neither -s nor -n was given. main() has queued the prompt mark already.
 static void finish_loading(Chat *chat) {
     const Options *options = chat->options;
     chat->phase = PROMPTING;
@@ -514,9 +515,9 @@ static bool handle_signals(Chat *chat) {
     return died;
 }
 
-// Runs the chat until the engine has exited. Returns its status by waitpid(2). poll(2) gets stdin,
-// not input.fd: it misses the end of a named pipe that was opened again after its writers closed
-// it.
+// Runs the chat until the engine has exited. Returns its status by waitpid(2). poll(2) watches
+// stdin, not input.fd: it would not report the end of a named pipe there, if the writers had gone
+// before open_input() opened it again.
 static int run_chat(Chat *chat) {
     enum { TIMER, RETURNS, SIGNALS, INPUT, OUTPUT, EVENTS };
     for (;;) {
@@ -530,7 +531,7 @@ static int run_chat(Chat *chat) {
         };
         int status;
         if (poll(events, EVENTS, -1) < 0 && errno != EINTR) die("poll");
-        if (events[TIMER].revents) handle_timer(chat); // first: if the timer is set, read(2) blocks
+        if (events[TIMER].revents) handle_timer(chat); // first: set again, it would block read(2)
         if (events[RETURNS].revents) handle_return_pipe(chat);
         if (events[INPUT].revents) read_more(&chat->input); // take_prompt() has left room
         if (events[OUTPUT].revents) write_output(chat);
@@ -582,7 +583,7 @@ static void open_signals(Chat *chat) {
     sigemptyset(&blocked);
     for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++)
         sigaddset(&blocked, numbers[i]);
-    // A shell ignores SIGINT in a command with `&`, so that Ctrl-C does not end it.
+    // In a script, the shell makes `command &` ignore SIGINT, so that Ctrl-C does not end it.
     sigaction(SIGINT, NULL, &sigint);
     if (sigint.sa_handler != SIG_IGN) sigaddset(&blocked, SIGINT);
     // If SIGCHLD stayed ignored, the engine's exit status would be lost.
