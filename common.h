@@ -8,10 +8,10 @@
 //                       main <-- SIGUSR2: a byte is in the pipe --- engine
 //
 // Why signals? The pipes alone would do, as a process can wait for data in read(2) or poll(2). In
-// this coursework signals notify, for what that teaches: a blocked signal stays pending, pending
-// signals of one kind coalesce, any process may send one, and a wake-up can get lost. So the data
-// are in the pipes. The writer writes before it raises the signal, so that the receiver finds them,
-// and the receiver ignores a signal without data.
+// this coursework signals notify, for what that teaches: pending signals of one kind coalesce, any
+// process may send one, and a wake-up can get lost. So the data are in the pipes, written before
+// the signal is raised. Both sides keep their signal blocked: it stays pending until signalfd(2) in
+// main or sigwaitinfo(2) in the engine takes it, and is ignored if there are no data.
 #ifndef COMMON_H
 #define COMMON_H
 
@@ -76,8 +76,8 @@ __attribute__((format(printf, 1, 2))) static inline int report_error(const char 
     return -1;
 }
 
-// Ends the program after a failure that only fault injection produces. If the front end dies, the
-// kernel kills the engine (PR_SET_PDEATHSIG).
+// Ends the program after a failure that does not happen in practice, only in tests that inject it.
+// If the front end dies, the kernel kills the engine (PR_SET_PDEATHSIG).
 _Noreturn static inline void die(const char *call) {
     report_error("%s failed: %s.", call, strerror(errno));
     exit(1);
@@ -238,10 +238,10 @@ static inline void parse_settings(Settings *settings, int argc, char **argv, con
 
 typedef struct {
     int fd;
-    bool ended, failed;              // at the end of file or after a read error; after an error
+    bool ended, failed;              // no more input is to come; that is because of an error
     bool skipping;                   // in the middle of a line that is too long
     size_t length;                   // bytes in the buffer
-    char buffer[MAX_PROMPT_LEN + 2]; // input that next_line() has not returned yet; with "\r\n"
+    char buffer[MAX_PROMPT_LEN + 2]; // what next_line() has not returned yet: a line and "\r\n"
 } LineReader;
 
 enum { NO_LINE_YET = -1, LINE_TOO_LONG = -2, END_OF_INPUT = -3 };
@@ -302,10 +302,10 @@ static inline int next_line(LineReader *reader, char *line) {
 #define RETURN_FD 3                    // where the engine finds the return pipe
 #define FRONT_END_ENV "CHAT_FRONT_END" // the front end's pid, in the engine's environment
 
+typedef struct Session Session; // defined by the engine
 // Answers one prompt on stdout, or prints there why it cannot be used, and flushes that. Returns 0;
 // or -1 if the session cannot go on, after reporting the reason unless the reader of stdout is
 // gone.
-typedef struct Session Session; // defined by the engine
 typedef int Answer(Session *session, const char *prompt, size_t length);
 
 // Returns whether the engine is main's child: whether its parent is the process that the
@@ -324,8 +324,8 @@ static inline void notify_front_end(void) {
 }
 
 // Answers main's prompts until the end of the pipe. Returns 0, or -1 if the session ended before.
-// No lost wake-up: SIGUSR1 has been blocked since before exec and stays pending until
-// sigwaitinfo(2) takes it, so a prompt written after poll(2) found the pipe empty ends the wait.
+// No lost wake-up: SIGUSR1 has been blocked since before exec, so the signal of a prompt that was
+// written after poll(2) found the pipe empty is pending, and ends the wait.
 static inline int serve_front_end(Answer *answer, Session *session) {
     LineReader reader = {.fd = STDIN_FILENO};
     struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};

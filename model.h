@@ -10,14 +10,17 @@
 //   8  Tables          constants of the exponential function and of Unicode
 //   9  Kernel bodies   compiled once for each instruction set, as the file includes itself
 //
+// Read section 4 first: it explains the words that the others use (residual stream, KV cache, ...).
+//
 // Same files, same seed, same prompts: same text, for every instruction set, any number of workers,
 // however a prompt is cut into passes. This holds because every float operation happens in the same
-// order everywhere: no fused multiply-add, and vectors only across independent results (the rows of
-// a matrix, the positions of attention scores, the dimensions of attention values), never along a
-// sum. Only the integer sums inside a group of 64 weights are reordered, and those are exact.
+// order everywhere: no fused multiply-add, and the lanes of a vector hold independent results (the
+// rows of a matrix, the positions of attention scores, the dimensions of attention values), never
+// the parts of a sum. Only the integer sums inside a group of 64 weights are reordered, and those
+// are exact.
 //
-// An engine (inference.c, parallel.c) includes this file and defines parallel_for(), which is all
-// that the engines' computation differs in: see section 4.
+// An engine (inference.c, parallel.c) includes this file and defines parallel_for(), the only part
+// of the computation in which the engines differ: see section 4.
 #ifndef MODEL_H
 #define MODEL_H
 
@@ -37,7 +40,7 @@
 #include <sys/auxv.h>
 #endif
 
-// Options that would give other text do not compile. gcc's -ffast-math and each part of it that
+// Options that would give different text do not compile. gcc's -ffast-math and each part of it that
 // changes a bit set __GCC_IEC_559 to 0; of clang's parts see below.
 #if defined(__FAST_MATH__) || __FINITE_MATH_ONLY__ || (!defined(__clang__) && __GCC_IEC_559 == 0)
 #error "-ffast-math, -Ofast and parts of them change float operations: build without them, with -O3"
@@ -49,8 +52,8 @@
 #error "model.bin is little endian and is read as it is: build for a little-endian processor"
 #endif
 
-// A multiply and an add must round twice, and sums keep their order. Each compiler has directives
-// of its own for that.
+// A product must be rounded before it is added, and sums keep their order. Each compiler has
+// directives of its own for that.
 #if defined(__clang__)
 #pragma clang diagnostic ignored "-Wignored-pragmas" // clang 14 has float_control on x86 only
 #pragma float_control(precise, on) // overrides -fassociative-math, -freciprocal-math and the like
@@ -104,19 +107,20 @@ typedef struct {
     float s[PANEL_ROWS];
 } Panel;
 
-// The panels of a tensor's rows 16 i .. 16 i + 15 belong to stream i % STREAMS, and the streams are
-// stored one after another. A kernel that takes STREAMS successive i reads as many sequential
-// streams; with one stream, decoding takes 1.2 times as long (Zen 3, AVX2).
+// Panel rows (PANEL_ROWS rows of the tensor, as panels) are dealt to the streams in turn, like
+// cards: number i goes to stream i % STREAMS, and the streams are stored one after another. So a
+// kernel that takes STREAMS successive panel rows reads as many sequential streams of memory; with
+// one stream, decoding takes 1.2 times as long (Zen 3, AVX2).
 #define STREAMS 4
-#define STREAM_ROWS (STREAMS * PANEL_ROWS) // of one panel from each stream
-#define FEW_TOKENS 32 // at most these are multiplied by panels of all streams at once
+#define STREAM_ROWS (STREAMS * PANEL_ROWS) // rows of the tensor in a panel row of each stream
+#define FEW_TOKENS 32 // up to this many tokens, all streams are read at the same time
 
 typedef struct {
     size_t rows, cols;
     Panel *panels; // [STREAMS][rows / STREAM_ROWS, rounded up][cols / GROUP]
 } QuantizedTensor;
 
-// Rows of panels in each stream.
+// Panel rows in each stream
 static size_t stream_length(size_t rows) { return (rows + STREAM_ROWS - 1) / STREAM_ROWS; }
 
 // Returns the panels [cols / GROUP] that hold a row. Rows after the last are zero.
@@ -149,12 +153,13 @@ typedef struct {
     Memory memory;                          // holds all of them but the array of layers
 } Weights;
 
-// Activations, quantized per group of 64 like the weights.
+// Activations (the values that enter a matrix), quantized per group of 64 like the weights.
 typedef struct {
     size_t width;        // values per token
     int8_t *q;           // [token][width], -127..127
     float *s;            // [token][width / GROUP]
-    int32_t *correction; // [token][width / GROUP], 128 * the sum of the group's q (zero point)
+    int32_t *correction; // [token][width / GROUP], 128 * the sum of the group's q: for kernels that
+                         // multiply unsigned bytes and so take w + 128 for w, see add_group()
 } QuantizedActivations;
 
 // Some items of a loop, and who does them.
@@ -402,7 +407,7 @@ static size_t choose_kv_ahead(void) {
 // 3  Transformer: loading and memory
 
 #define MAX_BATCH 128 // tokens of one pass, so that a matrix's quantized input stays in L2 cache
-#define NORM_ROWS 4   // rows that rmsnorm() sums side by side
+#define NORM_ROWS 4   // tokens that rmsnorm() sums side by side, and of a piece in short steps
 
 // The activations of one pass, and the KV cache.
 typedef struct {
@@ -529,9 +534,9 @@ static int read_header(Config *c, ModelFile *file) {
 // A layout function runs twice: first with nothing reserved, to add up the sizes (take_memory()
 // returns NULL), and again, after reserve_memory(), to hand out the pieces.
 
-// Reserves the memory that the first run has added up; it is zero. Returns 0, or -1 after reporting
-// that there is not enough. The flags are mmap(2)'s: MAP_NORESERVE for memory most of which is
-// never written or resident.
+// Reserves the memory that the first run has added up, filled with zeros. Returns 0, or -1 after
+// reporting that there is not enough. The flags are mmap(2)'s: MAP_NORESERVE for memory most of
+// which is never written or resident.
 static int reserve_memory(Memory *memory, const char *path, const char *what, int flags) {
     uint64_t size = memory->taken;
     void *start = MAP_FAILED;
@@ -619,12 +624,13 @@ static void read_weights(ModelFile *file, Weights *w, const Config *c) {
 
 // The KV cache is [position / CHUNK][layer][keys, values][kv_head][CHUNK * head_size]: a short chat
 // touches only its beginning, and within a chunk the keys or values of a head are contiguous.
+enum { KEYS, VALUES };
 
-// Returns the block of KEY_BLOCK positions that holds a position: for a head below n_kv_heads its
-// keys [head_size][KEY_BLOCK], for one of the next n_kv_heads its values [KEY_BLOCK][head_size].
-static float *kv_block(const State *s, const Config *c, size_t layer, size_t head,
+// Returns the block of KEY_BLOCK positions that holds a position: the keys of a KV head,
+// [head_size][KEY_BLOCK], or its values, [KEY_BLOCK][head_size].
+static float *kv_block(const State *s, const Config *c, size_t layer, int what, size_t kv_head,
                        size_t position) {
-    size_t chunk = (position / CHUNK * c->n_layers + layer) * 2 * c->n_kv_heads + head;
+    size_t chunk = ((position / CHUNK * c->n_layers + layer) * 2 + what) * c->n_kv_heads + kv_head;
     size_t first = position % CHUNK / KEY_BLOCK * KEY_BLOCK;
     return s->kv_cache + (chunk * CHUNK + first) * c->head_size;
 }
@@ -704,15 +710,21 @@ static int build_transformer(Transformer *t, const char *path) {
 // Each token has a vector of dim floats, its residual stream x: at first the token's row of the
 // embedding, to which each layer adds the outputs of an attention block and of a feed-forward
 // block. The classifier turns the last x into logits: a number for each token of the vocabulary,
-// where a greater one means a likelier next token. Only attention reads other tokens, the earlier
-// ones; the KV cache keeps what it needs of them, so that no later pass computes them again.
+// where a greater one means a likelier next token.
+//
+// Only attention reads other tokens. wqkv makes three vectors of a token: a query (what the token
+// looks for), a key (what it is found by) and a value (what it passes on). The query is compared
+// with the keys of all tokens up to its own, and the output is the sum of their values by these
+// weights. As the keys and values of a token never change, the KV cache keeps them, so that no
+// later pass computes them again. The vectors are cut into heads, each of which attends by itself;
+// in grouped-query attention several query heads share the keys and values of one KV head.
 //
 // A pass takes n tokens at consecutive positions and reads each weight from memory once for all of
 // them: many tokens in prefill (of a prompt), a single one in decoding (of a reply). One thread
 // runs forward(). Each loop over tokens, rows or heads in it is a step whose items do not depend on
-// each other, and which parallel_for() divides among the engine's threads. The ends of the steps
-// (|) are the only barriers. A step of one piece runs on the calling thread: in decoding these are
-// all but the matrices and attention.
+// each other, and which parallel_for() divides among the engine's threads. At the end of a step
+// (|), and only there, forward() waits for the other threads. A step of one piece runs on the
+// calling thread: in decoding that is every step but the matrix products and attention.
 //
 //   embedding, RoPE's angles |
 //   rmsnorm | quantize | wqkv | RoPE, KV cache | attention | quantize | wo | add |   each layer
@@ -726,7 +738,7 @@ typedef void Step(const void *args, Range items);
 
 // Calls step(args, items) for all items 0..count - 1, count >= 1, in ranges that begin at multiples
 // of piece_size, perhaps on several threads: calls that run at the same time have different
-// workers. A piece_size of 0 makes as many pieces as there are workers. Returns when all are done.
+// workers. A piece_size of 0 makes at most one piece per worker. Returns when all are done.
 static void parallel_for(Step *step, const void *args, size_t count, size_t piece_size);
 
 // cos and sin for the pairs of a head at a position: table[i], table[i + 1], i even. libm's pow,
@@ -772,7 +784,7 @@ typedef struct {
 } RmsNorm;
 
 // The sum of squares goes in index order, in which each addition waits for the one before, so
-// NORM_ROWS rows are summed side by side.
+// NORM_ROWS rows are summed side by side. (Rows that are missing are the first once more.)
 static void rmsnorm_rows(const void *args, Range rows) {
     const RmsNorm *norm = args;
     size_t size = norm->size;
@@ -822,8 +834,8 @@ static void mat_mul(const Transformer *t, float *out, const QuantizedTensor *w, 
     MatMul m = {t->kernels, out, w, x, t->state.input, n};
     m.input.width = w->cols;
     parallel_for(quantize_tokens, &m, n, NORM_ROWS);
-    // Small pieces are divided evenly (576 rows among 2 workers), and two panels are multiplied
-    // jointly.
+    // A piece is two panel rows, which kernels multiply together: small enough to divide 576 rows
+    // evenly among 2 workers.
     parallel_for(multiply_rows, &m, w->rows, 2 * PANEL_ROWS);
 }
 
@@ -852,8 +864,8 @@ static void rope(const void *args, Range tokens) {
             rotate(q + head * head_size, s->rope + token * head_size, head_size);
         size_t position = b->pos + token, at = position % KEY_BLOCK;
         for (size_t head = 0; head < n_kv_heads; head++) {
-            float *keys = kv_block(s, c, b->layer, head, position);
-            float *values = kv_block(s, c, b->layer, n_kv_heads + head, position);
+            float *keys = kv_block(s, c, b->layer, KEYS, head, position);
+            float *values = kv_block(s, c, b->layer, VALUES, head, position);
             for (size_t i = 0; i < head_size; i++) {
                 keys[i * KEY_BLOCK + at] = k[head * head_size + i];
                 values[at * head_size + i] = v[head * head_size + i];
@@ -864,16 +876,16 @@ static void rope(const void *args, Range tokens) {
 
 // Attention: each query gets scores against the keys of all positions up to its own, softmax turns
 // them into weights, and xb = the sum of the values by these weights. Query number
-// token * n_heads + head is a head of a token. Grouped-query attention: n_heads / n_kv_heads query
-// heads share the keys and values of a KV head, and go over them together.
+// token * n_heads + head is a head of a token. The heads that share a KV head go over its keys and
+// values together.
 static void multi_head_attn(const void *args, Range queries) {
     const Batch *b = args;
     const Config *c = &b->t->config;
     const State *s = &b->t->state;
     const Kernels *kernels = b->t->kernels;
     size_t stride = s->max_kv_len;
-    size_t head_size = c->head_size, n_heads = c->n_heads, n_kv_heads = c->n_kv_heads;
-    size_t heads_per_kv_head = n_heads / n_kv_heads;
+    size_t head_size = c->head_size, n_heads = c->n_heads;
+    size_t heads_per_kv_head = n_heads / c->n_kv_heads;
     float *att = s->att[queries.worker];
 
     for (size_t query = queries.first, count; query < queries.end; query += count) {
@@ -884,12 +896,12 @@ static void multi_head_attn(const void *args, Range queries) {
         const float *q = s->qkv + token * (c->dim + 2 * c->kv_dim) + head * head_size;
         float *out = s->xb + query * head_size;
         for (size_t t = 0; t < kv_len; t += CHUNK)
-            kernels->score(att + t, q, kv_block(s, c, b->layer, kv_head, t),
+            kernels->score(att + t, q, kv_block(s, c, b->layer, KEYS, kv_head, t),
                            min_size(kv_len - t, CHUNK), shared);
         kernels->softmax(att, kv_len, count, stride);
         memset(out, 0, count * head_size * sizeof(float));
         for (size_t t = 0; t < kv_len; t += CHUNK)
-            kernels->weighted_sum(out, att + t, kv_block(s, c, b->layer, n_kv_heads + kv_head, t),
+            kernels->weighted_sum(out, att + t, kv_block(s, c, b->layer, VALUES, kv_head, t),
                                   min_size(kv_len - t, CHUNK), shared);
     }
 }
@@ -921,8 +933,8 @@ static float *forward(Transformer *t, const int *tokens, int n, int pos, int wan
     size_t dim = t->config.dim, n_layers = t->config.n_layers, n_heads = t->config.n_heads;
     size_t left = n, count = 0;
     for (Batch b = {.t = t, .tokens = tokens, .pos = pos}; left > 0; left -= count) {
-        count =
-            (left - 1) % MAX_BATCH + 1; // the first pass takes the remainder, the others are full
+        // The first pass takes the remainder, the others are full.
+        count = (left - 1) % MAX_BATCH + 1;
         parallel_for(embed, &b, count, 1);
         for (b.layer = 0; b.layer < n_layers; b.layer++) {
             const Layer *l = &w->layers[b.layer];
@@ -1292,7 +1304,9 @@ static int argmax(const float *x, int n) {
 // Top-p (nucleus) sampling: draws from the smallest set of likeliest tokens whose probability
 // exceeds top_p. The heap yields them in falling order, so that only the set is sorted.
 static int sample_top_p(Sampler *s, const float *p, float coin) {
-    float cutoff = (1 - s->top_p) / (float)(s->vocab_size - 1); // smaller ones cannot be in the set
+    // A token below the cutoff cannot be in the set: it and all after it, at most vocab_size - 1,
+    // have less than 1 - top_p together, so those before it exceed top_p already.
+    float cutoff = (1 - s->top_p) / (float)(s->vocab_size - 1);
     Candidate *heap = s->candidates;
     int count = 0;
     for (int i = 0; i < s->vocab_size; i++)
@@ -1357,7 +1371,7 @@ typedef struct {
 } Printer;
 
 // Prints text, but no invalid UTF-8 and no control characters (U+0000..1F and 7F..9F) except
-// newline and tab: a terminal would execute them.
+// newline and tab: a terminal would interpret them.
 static void print_text(Printer *printer, const char *text, size_t length) {
     for (size_t i = 0; i < length; i++) {
         printer->bytes[printer->count++] = text[i];
@@ -1495,8 +1509,9 @@ static int next_token(Session *s, Reply *reply, float *logits) {
 static int decode(Session *s, Reply *reply) {
     int pending = s->length - s->cached;
     int most = min_int(reply->limit - reply->generated - 1, s->max_draft);
-    // No draft after a prompt: Speed would count its tokens but not their time. One token more than
-    // the draft has is proposed and compared, so that a length of 0 can rise again.
+    // No draft after a prompt: Speed would count its tokens but not their time. The pass takes the
+    // first draft_length of the tokens that are proposed. The draw after these is compared with the
+    // next proposed one, too, so that one right guess makes a length of 0 rise again.
     bool proposed = pending == 1 && most > 0 && propose_draft(s, most);
     int draft = proposed ? min_int(s->draft_length, most) : 0;
     float *logits =
@@ -1507,7 +1522,7 @@ static int decode(Session *s, Reply *reply) {
         int token = next_token(s, reply, logits + (size_t)i * s->sampler.vocab_size);
         if (token < 0) return -1;
         right += proposed && i < most && token == s->ids[s->length];
-        s->cached = s->length; // the next pass computes this token, unless the draft had it
+        s->cached = s->length; // the cache holds all tokens before this one
         if (!reply->ended) s->ids[s->length++] = token;
     }
     // The length depends on what was accepted, not on the clock: the same chat makes the same
@@ -2014,13 +2029,13 @@ TARGET static void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, Range
     for (; row < rows.end; row += PANEL_ROWS) NAME(multiply_panels)(out, w, row, 1, x, n);
 }
 
-#define OTHER(name) NAME(name)
+#define BASE(name) NAME(name) // of the table with all kernels but mat_mat_mul(): this one
 
 #else // with AMX
-// A tile register holds 16 rows of 64 bytes: a group of 16 tokens or of a panel's rows, both as
-// they lie in memory, or the products of such two, 16 integer dot products for each token. Vectors
-// get these from memory, so they are computed some groups before their use.
-#define OTHER(name) NAMED(name, TILES_AND)
+// A tile register holds 16 rows of 64 bytes. Two hold operands as they lie in memory, a group of 16
+// tokens and one of a panel's 16 rows, and the third their 16 x 16 integer dot products. A vector
+// gets these only through memory, so they are stored some groups before their use (AHEAD).
+#define BASE(name) NAMED(name, TILES_AND)
 #define TILE_TOKENS 16
 
 // 16 tokens times the first panel, times the second ..., then the next 16 tokens. The last 16 may
@@ -2083,7 +2098,7 @@ INLINE void NAME(multiply_panels)(float *out, NAME(Products) next, size_t n) {
 
 TARGET static void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, Range rows,
                                      const QuantizedActivations *x, size_t n) {
-    if (n < TILE_TOKENS / 2) return OTHER(mat_mat_mul)(out, w, rows, x, n); // faster
+    if (n < TILE_TOKENS / 2) return BASE(mat_mat_mul)(out, w, rows, x, n); // faster
     // Palette 1; the tiles 0, 1 and 2 have rows of 64 bytes, 16 of them.
     static const uint8_t config[64] = {[0] = 1, [16] = 64, [18] = 64, [20] = 64, [48] = 16, 16, 16};
     _tile_loadconfig(config);
@@ -2100,14 +2115,14 @@ TARGET static void NAME(mat_mat_mul)(float *out, const QuantizedTensor *w, Range
 #define QUOTED(isa) TEXT(isa)
 static const Kernels NAME(kernels) = {
     .name = QUOTED(ISA),
-    .quantize = OTHER(quantize),
-    .mat_vec_mul = OTHER(mat_vec_mul),
+    .quantize = BASE(quantize),
+    .mat_vec_mul = BASE(mat_vec_mul),
     .mat_mat_mul = NAME(mat_mat_mul),
-    .score = OTHER(score),
-    .weighted_sum = OTHER(weighted_sum),
-    .softmax = OTHER(softmax),
-    .swiglu = OTHER(swiglu),
-    .exp_minus = OTHER(exp_minus),
+    .score = BASE(score),
+    .weighted_sum = BASE(weighted_sum),
+    .softmax = BASE(softmax),
+    .swiglu = BASE(swiglu),
+    .exp_minus = BASE(exp_minus),
 };
 
 // The next table defines these names anew, and the rest of the program may use them.
@@ -2140,6 +2155,6 @@ static const Kernels NAME(kernels) = {
 #undef PANEL_VECTORS
 #undef TEXT
 #undef TILES_AND
-#undef OTHER
+#undef BASE
 #undef QUOTED
 #endif // MODEL_H

@@ -48,7 +48,10 @@ typedef struct {
     pthread_cond_t step_done;  // wakes worker 0
     pthread_cond_t closed;     // wakes the remaining threads
 } Pool;
-static Pool pool;
+static Pool pool = {.lock = PTHREAD_MUTEX_INITIALIZER,
+                    .work_ready = PTHREAD_COND_INITIALIZER,
+                    .step_done = PTHREAD_COND_INITIALIZER,
+                    .closed = PTHREAD_COND_INITIALIZER};
 
 static bool is_closing(void) { return pool.closing; }
 static bool is_work_ready(void) { return pool.unclaimed > 0 || pool.closing; }
@@ -137,11 +140,7 @@ static void close_thr_pool(void) {
 // Makes the caller and threads - 1 new ones a pool, the first `workers` of which take part in
 // steps. Returns 0, or -1 after reporting which thread cannot be created, with none of them left.
 static int start_threads(int threads, int workers) {
-    pool = (Pool){.workers = workers,
-                  .lock = PTHREAD_MUTEX_INITIALIZER,
-                  .work_ready = PTHREAD_COND_INITIALIZER,
-                  .step_done = PTHREAD_COND_INITIALIZER,
-                  .closed = PTHREAD_COND_INITIALIZER};
+    pool.workers = workers;
     for (pool.size = 1; pool.size < threads; pool.size++) {
         int error =
             pthread_create(&pool.threads[pool.size], NULL, thr_func, (void *)(intptr_t)pool.size);
