@@ -1712,7 +1712,7 @@ INLINE singles NAME(exp_singles)(singles x) {
 #else
     for (int lane = 0; lane < LANES / 2; lane++) table[lane] = exp_table[bits[lane] & 31];
 #endif
-    doubles s = (doubles)(table + (bits << 47));
+    doubles s = (doubles)(table + (bits << 47)); // 2^(k/32), see exp_table
     doubles y = ((C0 * r + C1) * (r * r) + (C2 * r + 1)) * s;
     singles result = __builtin_convertvector(y, singles);
     // Beyond these limits e^x as a float is infinite or 0; far beyond them, s is wrong.
@@ -1900,7 +1900,9 @@ TARGET static void NAME(weighted_sum)(float *out, const float *att, const float 
         }
 }
 
-// A tile is the rows of some panels times some tokens.
+// Matrices are multiplied tile by tile: the rows of some panels times some tokens. The more tokens,
+// the more products each vector of weights serves once it is loaded, and the more registers their
+// sums need.
 #define MAX_SUMS (LANES == 16 ? 16 : 8) // vectors of integer sums that stay in registers
 #define TILE_TOKENS (UNSIGNED_WEIGHTS ? 6 : 4)
 #define PANEL_VECTORS (PANEL_ROWS / LANES)
