@@ -107,7 +107,7 @@ typedef struct {
     float s[PANEL_ROWS];
 } Panel;
 
-// Panel rows (PANEL_ROWS rows of the tensor, as panels) are dealt to the streams in turn, like
+// A panel row is PANEL_ROWS rows of the tensor, as panels. Panel rows are dealt to the streams like
 // cards: number i goes to stream i % STREAMS, and the streams are stored one after another. So a
 // kernel that takes STREAMS successive panel rows reads as many sequential streams of memory; with
 // one stream, decoding takes 1.2 times as long (Zen 3, AVX2).
